@@ -1,0 +1,1 @@
+"""Benchmarks: a file is a suite, its protocol card is cards/<name>.yaml."""

@@ -1,0 +1,1 @@
+"""Model families: a file is a family."""

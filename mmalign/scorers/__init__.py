@@ -1,0 +1,1 @@
+"""Scorers: a file is a scorer, the metric of a benchmark and the reward of a trainer."""
