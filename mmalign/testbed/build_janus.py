@@ -1,0 +1,267 @@
+"""Trains `tiny-janus`: a JanusForConditionalGeneration that draws, describes and plans scenes of the shapes world.
+
+Two stages, as for the large ones: first the VQ tokenizer of the pictures, then everything else (vision tower, aligners, language
+model, image head) on three tasks at once: draw from a text (a tenth without text, for guidance), answer about a picture, plan a scene.
+The drawing corpus shows one thing wrong in a share of its pictures; the understanding corpus is right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from mmalign.testbed import corpus
+from mmalign.testbed.render import SIZE, render
+from mmalign.testbed.tokenizer import BOI, CHAT_TEMPLATE, train_tokenizer
+from mmalign.testbed.training import fit
+from mmalign.testbed.world import Scene
+
+PATCH = 4
+TOKENS = (SIZE // PATCH) ** 2
+GUIDANCE = 3.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and lengths of the build; the shipped checkpoint is the default."""
+
+    seed: int = 0
+    codes: int = 256
+    width: int = 192
+    layers: int = 4
+    vq_steps: int = 3000
+    vq_batch: int = 32
+    steps: int = 5000
+    batch: int = 64
+    wrong: float = 0.35
+    planned: float = 0.3
+    no_text: float = 0.1
+
+
+def make_model(recipe: Recipe, tokenizer):
+    """A fresh JanusForConditionalGeneration whose sizes agree with each other (specs of the family: patch, codes, tokens)."""
+    from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+
+    torch.manual_seed(recipe.seed)
+    config = JanusConfig(
+        vision_config=JanusVisionConfig(
+            hidden_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            mlp_ratio=2.0,
+            image_size=SIZE,
+            patch_size=PATCH,
+            projection_dim=recipe.width,
+            num_image_tokens=TOKENS,
+        ),
+        vq_config=JanusVQVAEConfig(
+            embed_dim=8,
+            num_embeddings=recipe.codes,
+            latent_channels=32,
+            base_channels=32,
+            channel_multiplier=[1, 1, 1],
+            num_res_blocks=1,
+            projection_dim=recipe.width,
+            image_token_embed_dim=recipe.width,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.width,
+            intermediate_size=8 * recipe.width // 3,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            max_position_embeddings=512,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_id=tokenizer.image_token_id,
+        tie_word_embeddings=False,
+    )
+    return JanusForConditionalGeneration(config)
+
+
+def pixels_of(scenes: list[Scene], seed: int) -> torch.Tensor:
+    """Pictures of scenes as the model sees them: [B, 3, 32, 32] in [-1, 1]."""
+    return rearrange(torch.from_numpy(render(scenes, seed)), "b h w c -> b c h w").float() / 127.5 - 1
+
+
+def encode(vq, x_BCHW: torch.Tensor) -> torch.Tensor:
+    """Continuous, unit-length code vectors [B, h*w, d]."""
+    return F.normalize(rearrange(vq.quant_conv(vq.encoder(x_BCHW)), "b d h w -> b (h w) d"), dim=-1)
+
+
+def nearest(vq, z_BND: torch.Tensor) -> torch.Tensor:
+    """Codes [B, N] by cosine, as the original implementation chooses them."""
+    return (z_BND @ F.normalize(vq.quantize.embedding.weight, dim=-1).T).argmax(-1)
+
+
+def reconstruct(vq, vectors_BND: torch.Tensor) -> torch.Tensor:
+    side = SIZE // PATCH
+    return vq.decoder(vq.post_quant_conv(rearrange(vectors_BND, "b (h w) d -> b d h w", h=side, w=side)))
+
+
+def train_vq(model, recipe: Recipe, work: Path) -> None:
+    """Vector-quantised autoencoder with unit-length codes and straight-through gradients; unused codes move to random patches."""
+    vq = model.model.vqmodel
+    usage = torch.zeros(recipe.codes)
+
+    def loss_of(step: int):
+        scenes = [drawing.scene for drawing in corpus.drawings(10_000_000 + step, recipe.vq_batch, recipe.wrong, 0.0)]
+        x_BCHW = pixels_of(scenes, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            z_BND = encode(vq, x_BCHW).float()
+            codes_BN = nearest(vq, z_BND)
+            q_BND = F.normalize(vq.quantize.embedding(codes_BN), dim=-1)
+            decoded = reconstruct(vq, z_BND + (q_BND - z_BND).detach()).float()
+        usage.mul_(0.98).scatter_add_(0, codes_BN.flatten(), torch.ones(codes_BN.numel()))
+        if step % 20 == 19 and step < recipe.vq_steps // 2:
+            _revive(vq, usage, z_BND.detach(), step)
+        error = (decoded - x_BCHW).abs()
+        fit_loss = error.mean() + (error**2).mean() * 4
+        code_loss = (q_BND - z_BND.detach()).pow(2).sum(-1).mean() + 0.25 * (q_BND.detach() - z_BND).pow(2).sum(-1).mean()
+        used = int((usage > 0.5).sum())
+        return fit_loss + 0.5 * code_loss, {"error": round(float(error.mean().detach()), 5), "codes_used": used}
+
+    fit("vq", work, vq.parameters(), {"vq": vq}, loss_of, recipe.vq_steps, 2e-3)
+    vq.requires_grad_(False)
+
+
+@torch.no_grad()
+def _revive(vq, usage: torch.Tensor, z_BND: torch.Tensor, step: int) -> None:
+    dead = (usage < 0.1).nonzero().flatten()
+    flat = rearrange(z_BND, "b n d -> (b n) d")
+    # The most distant vectors first: they are the patches that no code serves.
+    distance = 1 - (flat @ F.normalize(vq.quantize.embedding.weight, dim=-1).T).max(-1).values
+    order = distance.topk(min(len(flat), 4 * len(dead) + 1)).indices
+    chosen = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(step))[: len(dead)]]
+    vq.quantize.embedding.weight[dead[: len(chosen)]] = flat[chosen]
+    usage[dead] = 1.0
+
+
+def chat(tokenizer, text: str, image: bool) -> str:
+    parts = [{"type": "image"}] if image else []
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    return tokenizer.apply_chat_template(messages, chat_template=CHAT_TEMPLATE, add_generation_prompt=True, tokenize=False)
+
+
+def _pad(rows: list[list[int]], fill: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    blanks = [[fill] * (longest - len(row)) for row in rows]
+    ids = torch.tensor([blank + row if left else row + blank for blank, row in zip(blanks, rows, strict=True)])
+    mask = torch.tensor([[0] * len(b) + [1] * len(r) if left else [1] * len(r) + [0] * len(b) for b, r in zip(blanks, rows, strict=True)])
+    return ids, mask
+
+
+def hidden_states(model, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return model.model.language_model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+
+
+def drawing_loss(model, tokenizer, recipe: Recipe, step: int) -> torch.Tensor:
+    """Cross-entropy of the picture's codes after the chat-formatted text; a tenth of the texts is blanked as guidance will blank them."""
+    examples = corpus.drawings(20_000_000 + recipe.seed + step, recipe.batch, recipe.wrong, recipe.planned)
+    rows = [tokenizer(chat(tokenizer, example.text, False) + BOI).input_ids for example in examples]
+    ids, mask = _pad(rows, tokenizer.pad_token_id, left=True)
+    keep = (ids == tokenizer.bos_token_id) | (ids == tokenizer.boi_token_id)
+    blank = torch.from_numpy(np.random.default_rng([recipe.seed, step]).random(len(rows)) < recipe.no_text)
+    ids = torch.where(blank[:, None] & ~keep, tokenizer.pad_token_id, ids)
+    with torch.no_grad():
+        codes = nearest(model.model.vqmodel, encode(model.model.vqmodel, pixels_of([e.scene for e in examples], step)))
+    embeds = torch.cat([model.get_input_embeddings()(ids), model.prepare_embeddings_for_image_generation(codes[:, :-1])], 1)
+    mask = torch.cat([mask, mask.new_ones(len(rows), TOKENS - 1)], 1)
+    logits = model.model.generation_head(hidden_states(model, embeds, mask)[:, -TOKENS:])
+    return F.cross_entropy(rearrange(logits.float(), "b n v -> (b n) v"), codes.flatten())
+
+
+def answering_loss(model, tokenizer, recipe: Recipe, step: int, number: int) -> torch.Tensor:
+    """Cross-entropy of right answers about pictures; half of the pictures pass through the VQ model, as the model's own will have."""
+    examples = corpus.questions(30_000_000 + recipe.seed + step, number)
+    x_BCHW = pixels_of([example.scene for example in examples], step)
+    with torch.no_grad():
+        vq = model.model.vqmodel
+        half = number // 2
+        x_BCHW[:half] = reconstruct(vq, F.normalize(vq.quantize.embedding(nearest(vq, encode(vq, x_BCHW[:half]))), dim=-1)).clamp(-1, 1)
+    texts = [chat(tokenizer, example.question, True) for example in examples]
+    embeds, mask, labels = _with_answers(model, tokenizer, texts, [example.answer for example in examples])
+    features = model.model.get_image_features(x_BCHW).pooler_output
+    ids = labels["ids"]
+    embeds = embeds.masked_scatter((ids == tokenizer.image_token_id)[..., None], features.to(embeds.dtype))
+    return _answer_loss(model, embeds, mask, labels["targets"])
+
+
+def planning_loss(model, tokenizer, recipe: Recipe, step: int, number: int) -> torch.Tensor:
+    examples = corpus.plans(40_000_000 + recipe.seed + step, number, recipe.wrong)
+    texts = [chat(tokenizer, example.question, False) for example in examples]
+    embeds, mask, labels = _with_answers(model, tokenizer, texts, [example.answer for example in examples])
+    return _answer_loss(model, embeds, mask, labels["targets"])
+
+
+def _with_answers(model, tokenizer, texts: list[str], answers: list[str]):
+    rows, targets = [], []
+    for text, answer in zip(texts, answers, strict=True):
+        question = tokenizer(text).input_ids
+        image = tokenizer.image_token_id
+        question = [token for t in question for token in ([t] * TOKENS if t == image else [t])]
+        reply = tokenizer(" " + answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        rows.append(question + reply)
+        targets.append([-100] * len(question) + reply)
+    ids, mask = _pad(rows, tokenizer.pad_token_id, left=False)
+    labels, _ = _pad(targets, -100, left=False)
+    return model.get_input_embeddings()(ids), mask, {"ids": ids, "targets": labels}
+
+
+def _answer_loss(model, embeds: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    hidden = hidden_states(model, embeds, mask)[:, :-1]
+    wanted = targets[:, 1:]
+    logits = model.lm_head(hidden[wanted != -100])
+    return F.cross_entropy(logits.float(), wanted[wanted != -100])
+
+
+def train_language(model, tokenizer, recipe: Recipe, work: Path) -> None:
+    model.model.vqmodel.requires_grad_(False)
+
+    def loss_of(step: int):
+        with torch.autocast("cpu", torch.bfloat16):
+            draw = drawing_loss(model, tokenizer, recipe, step)
+            answer = answering_loss(model, tokenizer, recipe, step, recipe.batch // 2)
+            plan = planning_loss(model, tokenizer, recipe, step, recipe.batch // 4)
+        figures = {"draw": draw, "answer": answer, "plan": plan}
+        return draw + answer + 0.5 * plan, {name: round(float(value.detach()), 4) for name, value in figures.items()}
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fit("janus", work, parameters, {"model": model}, loss_of, recipe.steps, 1.5e-3, warmup=200)
+
+
+def save(model, tokenizer, out: Path) -> None:
+    """Writes the official Hugging Face layout in half precision."""
+    from transformers import JanusImageProcessorPil, JanusProcessor
+
+    generation = model.generation_config
+    generation._from_model_config = False  # otherwise reloading drops generation_kwargs
+    generation.guidance_scale, generation.do_sample = GUIDANCE, True
+    generation.bos_token_id, generation.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.generation_kwargs = {"boi_token_id": tokenizer.boi_token_id}
+    images = JanusImageProcessorPil(size={"height": SIZE, "width": SIZE}, min_size=PATCH, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.float16).save_pretrained(out)
+    model.float()
+    JanusProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE, num_image_tokens=TOKENS).save_pretrained(out)
+
+
+def build(out: Path, work: Path, recipe: Recipe = Recipe()) -> None:
+    """Trains both stages (each resumes where it was stopped) and writes the checkpoint."""
+    tokenizer = train_tokenizer(corpus.vocabulary_texts())
+    model = make_model(recipe, tokenizer)
+    train_vq(model, recipe, work)
+    train_language(model, tokenizer, recipe, work)
+    save(model.eval(), tokenizer, out)
