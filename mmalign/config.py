@@ -190,6 +190,8 @@ def _convert_union(value: Any, arguments: tuple[Any, ...], where: str) -> Any:
     for choice in choices:
         if isinstance(choice, type) and type(value) is choice and choice is not str:
             return value
+    if len(choices) == 1:
+        return convert(value, choices[0], where)
     for choice in sorted(choices, key=lambda choice: choice is str):  # text fits everything, so it is tried last
         try:
             return convert(value, choice, where)

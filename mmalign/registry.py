@@ -21,7 +21,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 
-from mmalign.config import load_yaml
+from mmalign.config import build, load_yaml
 from mmalign.types import Card, MmalignError, UsageError
 
 KINDS = ("models", "scorers", "evaluators", "trainers")
@@ -112,15 +112,11 @@ def card(entry: Entry) -> Card:
     content = load_yaml(path)
     if not isinstance(content, dict):
         raise MmalignError(f"The card {path} must be a mapping of field to value, got {type(content).__name__}.")
-    known = {item.name: item for item in fields(Card)}
-    for key in content:
-        if key not in known:
-            raise MmalignError(f"The card {path} has the unknown field '{key}'{suggest(str(key), known)}")
     content.setdefault("name", entry.name)
-    absent = [name for name, item in known.items() if item.default is MISSING and name not in content]
+    absent = [item.name for item in fields(Card) if item.default is MISSING and item.name not in content]
     if absent:
         raise MmalignError(f"The card {path} lacks {', '.join(absent)}. Every field of a card without a default is required.")
-    return Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+    return build(Card, content, f"the card {path}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
