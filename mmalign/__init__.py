@@ -1,6 +1,9 @@
 """mmalign: evaluate and align text-to-image and unified multimodal models."""
 
+import sys as _sys
 from pathlib import Path as _Path
+
+from mmalign.shim import TorchvisionHook as _TorchvisionHook
 
 __version__ = "0.1.0"
 
@@ -8,3 +11,5 @@ __version__ = "0.1.0"
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "evaluators").is_dir():
     __path__.append(str(_root))
+
+_sys.meta_path.insert(0, _TorchvisionHook())
