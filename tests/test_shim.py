@@ -32,6 +32,7 @@ def broken_torchvision(tmp_path: Path) -> Path:
     (package / "transforms").mkdir()
     (package / "transforms" / "__init__.py").write_text(MODES)
     (package / "transforms" / "functional.py").write_text("def pil_to_tensor(picture): ...\n")
+    (package / "io.py").write_text("")
     (tmp_path / "torchvision-0.28.0.dist-info").mkdir()
     (tmp_path / "torchvision-0.28.0.dist-info" / "METADATA").write_text(METADATA)
     return tmp_path
