@@ -138,6 +138,18 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Source:
+    """One benchmark file: its name here, the file's name, the pinned public address (with a commit), its sha256 and licence."""
+
+    name: str
+    file: str
+    url: str
+    sha256: str
+    licence: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Card:
     """A benchmark's protocol as data; `mmalign explain` prints it and every result carries its hash."""
 
@@ -158,6 +170,7 @@ class Card:
     higher_is_better: bool = True
     seed: int = 42
     unsafe: bool = False
+    data: tuple[Source, ...] = ()  # the files it is made of (data.py)
 
     @property
     def hash(self) -> str:

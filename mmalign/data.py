@@ -1,0 +1,186 @@
+"""Benchmark data: pinned public sources, checked by sha256, kept in one folder. Nothing is ever replaced by another file silently.
+
+A source is declared in the `data:` list of a protocol card (evaluators/cards/<suite>.yaml), so that it is found without an import.
+The folder is $MMALIGN_DATA, or ~/.cache/mmalign/data; a file lies there as <name>/<file>.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from mmalign.types import MmalignError, Source, UsageError
+
+CARDS = Path(__file__).resolve().parent.parent / "evaluators" / "cards"
+CARDS_INSTALLED = Path(__file__).resolve().parent / "evaluators" / "cards"
+TIMEOUT_SECONDS = 20
+
+State = Literal["ready", "absent", "wrong"]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One line of `mmalign data`: a source, where it lies or would lie, and whether the file there is the pinned one."""
+
+    source: Source
+    path: Path
+    state: State
+
+
+def data_home() -> Path:
+    """The folder that holds all benchmark data."""
+    given = os.environ.get("MMALIGN_DATA")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "mmalign" / "data"
+
+
+def sources(cards: Iterable[Path] = ()) -> dict[str, Source]:
+    """All declared sources by name: the built-in cards, then the card files given. Two different sources with one name are an error."""
+    folder = CARDS if CARDS.is_dir() else CARDS_INSTALLED
+    found: dict[str, Source] = {}
+    for card in [*sorted(folder.glob("*.yaml")), *cards]:
+        for source in _declared(card):
+            if found.setdefault(source.name, source) != source:
+                raise MmalignError(f"Two cards declare different data under the name '{source.name}'; one of them is {card}. Rename it.")
+    return found
+
+
+def data_path(name: str, cards: Iterable[Path] = ()) -> Path:
+    """The checked file of source `name`; fetched from its pinned address when it is absent. MmalignError says what to do otherwise."""
+    source = _find(name, cards)
+    path = _place(source)
+    if _state(source, path) == "absent":
+        return fetch(name, cards)
+    _check(source, path)
+    return path
+
+
+def add(name: str, path: Path, cards: Iterable[Path] = ()) -> Path:
+    """Copy a file (or a checkout that holds it) into the data folder after checking its sha256; returns its place there."""
+    source = _find(name, cards)
+    found = _search(source, Path(path))
+    _check(source, found)
+    place = _place(source)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+    os.close(handle)
+    try:
+        shutil.copyfile(found, temporary)
+        _check(source, Path(temporary))  # the file may have changed, or the disk filled, since the first look
+        os.replace(temporary, place)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return place
+
+
+def fetch(name: str, cards: Iterable[Path] = ()) -> Path:
+    """Download a source from its pinned address into the data folder; MmalignError with the offline command when that fails."""
+    import pooch
+    import requests
+
+    source = _find(name, cards)
+    place = _place(source)
+    downloader = pooch.HTTPDownloader(timeout=TIMEOUT_SECONDS)
+    try:
+        pooch.retrieve(source.url, f"sha256:{source.sha256}", fname=place.name, path=place.parent, downloader=downloader)
+    except (requests.RequestException, OSError) as error:
+        raise MmalignError(
+            f"The data '{name}' is not in {place.parent} and {source.url} cannot be reached ({type(error).__name__}). "
+            f"Bring the file {source.file} (sha256 {source.sha256}) from a machine that is online, then run: {_command(name)}"
+        ) from error
+    except ValueError as error:  # pooch's word for a checksum that differs
+        raise MmalignError(
+            f"The file at {source.url} is not the pinned '{name}': expected sha256 {source.sha256}. Nothing was kept. "
+            f"If you have the right file, run: {_command(name)}"
+        ) from error
+    return place
+
+
+def listing(cards: Iterable[Path] = ()) -> list[Listed]:
+    """Every source with its state, by name."""
+    found = sorted(sources(cards).items())
+    return [Listed(source, _place(source), _state(source, _place(source))) for _, source in found]
+
+
+def load_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file without their ends; a last line without a newline counts, empty last lines do not."""
+    return path.read_text(encoding="utf-8").rstrip("\n").split("\n") if path.stat().st_size else []
+
+
+def load_json_lines(path: Path) -> list[dict[str, Any]]:
+    """One JSON object per line; MmalignError names the line that is none."""
+    rows = []
+    for number, line in enumerate(load_lines(path), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise MmalignError(f"{path}, line {number}: not JSON ({error.msg}). Expected one JSON object per line.") from error
+        if not isinstance(row, dict):
+            raise MmalignError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
+        rows.append(row)
+    return rows
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _declared(card: Path) -> list[Source]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(card.read_text(encoding="utf-8")) or {}
+        return [Source(**entry) for entry in content.get("data") or ()]
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        raise MmalignError(f"The data list of the card {card} cannot be read: {error}") from error
+
+
+def _find(name: str, cards: Iterable[Path]) -> Source:
+    known = sources(cards)
+    if name not in known:
+        near = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(sorted(known))}."
+        raise UsageError(f"Unknown data '{name}'. {hint}")
+    return known[name]
+
+
+def _place(source: Source) -> Path:
+    return data_home() / source.name / source.file
+
+
+def _state(source: Source, path: Path) -> State:
+    if not path.is_file():
+        return "absent"
+    return "ready" if sha256(path) == source.sha256 else "wrong"
+
+
+def _check(source: Source, path: Path) -> None:
+    got = sha256(path)
+    if got != source.sha256:
+        raise MmalignError(
+            f"{path} is not the pinned data '{source.name}': expected sha256 {source.sha256}, got {got}. "
+            f"Take it from {source.url}, then run: {_command(source.name)}"
+        )
+
+
+def _search(source: Source, path: Path) -> Path:
+    """The file itself, or the one inside a folder: under its own name, or where the source's repository keeps it."""
+    inside = source.url.split("/", 6)[-1]  # https://raw.githubusercontent.com/<owner>/<name>/<commit>/<path in the repository>
+    candidates = [path] if not path.is_dir() else [path / source.file, path / inside, path / Path(inside).name]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise MmalignError(f"There is no file {candidates[0]} to add as '{source.name}'. Give the path of {source.file}, or of its folder.")
+
+
+def _command(name: str) -> str:
+    return f"mmalign data add {shlex.quote(name)} --from PATH"

@@ -1,0 +1,180 @@
+"""GenEval: objects, counts, colours and positions by Mask2Former and CLIP; official, strict and soft verdicts.
+
+Paper: Ghosh et al., arXiv 2310.11513. Code: djghosh13/geneval at af4902f; soft and strict forms: yifan123/reward-server at 92ac29f.
+The official detector is one mmdet checkpoint (`_mmdet.OFFICIAL_FILE`): give its path as `detector` and the metric may be called GenEval.
+With any other detector, the default included, `metric_name` is "geneval-hf" and `deviations` says why: the thresholds are not calibrated
+for it. Expected with the official one: SD 1.5 0.43, SD 2.1 0.50, SDXL 0.55 (mean of the six tasks).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from mmalign.scorers._geneval_verdict import Compat, Detection, check_metadata, keep, soft_verdict, verdict
+from mmalign.types import Deviation, Failure, MmalignError, Sample, Score, Value, digest
+
+NEEDS = ("weights: facebook/mask2former-swin-small-coco-instance", "weights: openai/clip-vit-large-patch14")
+VERSION = 1  # raise it with any change that can change a value
+
+# COCO's 80 classes in the detector's order, with the three names that GenEval changed (computer mouse, tv remote, computer keyboard).
+CLASSES = tuple(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,"
+    "sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
+    "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,"
+    "carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,"
+    "cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options. `detector`: hub id, folder or mmdet's .pth; `rule`: which verdict is the value; `clamp` and `compat` shape the soft one."""
+
+    detector: str = "facebook/mask2former-swin-small-coco-instance"
+    clip: str = "openai/clip-vit-large-patch14"
+    rule: Literal["official", "strict", "soft"] = "official"
+    clamp: bool = False
+    compat: Compat = "upstream"
+    threshold: float = 0.3
+    counting_threshold: float = 0.9
+    max_objects: int = 16
+    position_threshold: float = 0.1
+    batch_size: int = 8
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.threshold < 1 and 0 < self.counting_threshold < 1):
+            raise ValueError(f"thresholds lie between 0 and 1, got {self.threshold} and {self.counting_threshold}")
+        if self.batch_size < 1 or self.max_objects < 1:
+            raise ValueError(f"batch_size and max_objects are at least 1, got {self.batch_size} and {self.max_objects}")
+
+
+def load(config: Config, device: str = "cpu") -> GenEval:
+    """The scorer with both networks on `device`; MmalignError when one is absent, damaged or of another kind."""
+    from mmalign.scorers import _mask2former, _mmdet
+    from mmalign.scorers._clip_colour import ColourClassifier
+
+    path = Path(config.detector).expanduser()
+    if path.is_file():
+        detector, official = _mmdet.load_checkpoint(path, device, config.dtype), _mmdet.is_official(path)
+    else:
+        detector, official = _mask2former.load_model(config.detector, device, config.dtype), False
+    if detector.config.num_labels != len(CLASSES):
+        raise MmalignError(
+            f"The GenEval detector '{config.detector}' knows {detector.config.num_labels} classes; expected COCO's {len(CLASSES)} things. "
+            f"A panoptic or ADE20k checkpoint cannot be used: take a '-coco-instance' one."
+        )
+    return GenEval(config, detector, ColourClassifier(config.clip, device, config.dtype), official)
+
+
+class GenEval:
+    """The loaded scorer. A value's parts hold all three verdicts (correct, strict, soft) whichever is its `x`; its detail says what failed.
+
+    A prompt's `meta` is a line of GenEval's metadata (tag, include, exclude). An image's value depends on that image and prompt alone.
+    """
+
+    name = "geneval"
+
+    def __init__(self, config: Config, detector: Any, colours: Any, official_detector: bool) -> None:
+        self.config, self.detector, self.colours = config, detector, colours
+        self.deviations = _deviations(config, official_detector, colours.is_official)
+        self.metric_name = "geneval" if official_detector else "geneval-hf"
+        self.range = (0.0, 1.0) if config.rule != "soft" or config.clamp else (2.0 - config.max_objects, 1.0)
+        settings = {key: value for key, value in asdict(config).items() if key not in ("detector", "clip", "batch_size")}
+        self.fingerprint = digest("geneval", VERSION, settings, fingerprint_tensors(detector), fingerprint_tensors(colours.model))
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        """One value or failure per sample, in order."""
+        from mmalign.images import ImageError, check_image
+        from mmalign.scorers._mask2former import detect
+
+        scores: dict[int, Score] = {}
+        images: dict[int, Any] = {}
+        for index, sample in enumerate(samples):
+            problem = check_metadata(sample.request.prompt.meta, CLASSES)
+            if problem:
+                scores[index] = Failure("score", "error", f"Prompt {sample.request.prompt.id}: {problem}.")
+            elif sample.image is None:
+                scores[index] = Failure("score", "missing", f"Sample {sample.request.id} holds no image.")
+            else:
+                try:
+                    images[index] = check_image(sample.image)
+                except ImageError as error:
+                    scores[index] = Failure("score", "error", str(error))
+        floor = min(self.config.threshold, self.config.counting_threshold)
+        found = detect(self.detector, list(images.values()), self.config.batch_size, floor)
+        for index, objects in zip(images, found, strict=True):
+            scores[index] = self._judge(images[index], objects, samples[index].request.prompt.meta)
+        return [scores[index] for index in range(len(samples))]
+
+    def _judge(self, image_HWC: Any, objects: Any, metadata: Mapping[str, Any]) -> Score:
+        if isinstance(objects, FloatingPointError):
+            return Failure("score", "nonfinite", f"{objects}.")
+        config = self.config
+        detections = select(objects, metadata["tag"], config.threshold, config.counting_threshold, config.max_objects)
+        asked: dict[tuple[str, int], list[str]] = {}
+
+        def colours_of(name: str, group: Sequence[Detection]) -> list[str]:
+            key = name, len(group)  # a group is always the best few of its class
+            if key not in asked:
+                asked[key] = self.colours.colours(image_HWC, name, group)
+            return asked[key]
+
+        try:
+            correct, reason = verdict(detections, metadata, colours_of, config.position_threshold)
+            soft = soft_verdict(detections, metadata, colours_of, config.position_threshold, config.compat, config.clamp)
+        except FloatingPointError as error:
+            return Failure("score", "nonfinite", f"{error}.")
+        parts = {"correct": float(correct), "strict": float(soft.correct), "soft": soft.soft}
+        chosen = {"official": "correct", "strict": "strict", "soft": "soft"}[config.rule]
+        return Value(parts[chosen], parts, detail=reason if config.rule == "official" else soft.reason)
+
+
+def select(objects: Sequence[Any], tag: str, threshold: float, counting_threshold: float, limit: int) -> dict[str, list[Detection]]:
+    """Class name -> objects above the tag's threshold (counting has its own, for every class), best first, at most `limit`."""
+    by_class: dict[int, list[Detection]] = {}
+    for item in objects:
+        by_class.setdefault(item.label, []).append(item.detection)
+    least = counting_threshold if tag == "counting" else threshold
+    kept = {}
+    for label, group in sorted(by_class.items()):
+        chosen = keep([detection.score for detection in group], least, limit)
+        if chosen:
+            kept[CLASSES[label]] = [group[index] for index in chosen]
+    return kept
+
+
+def fingerprint_tensors(model: Any, n_values: int = 1024) -> str:
+    """A digest of a network's tensor names, shapes and spread-out values: other weights give another one, wherever they were loaded from."""
+    import torch
+
+    seen = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        step = max(1, len(flat) // n_values)
+        values = flat[::step].to("cpu", torch.float32).numpy().tobytes()
+        seen.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode() + values)
+    return seen.hexdigest()[:32]
+
+
+def _deviations(config: Config, official_detector: bool, official_clip: bool) -> tuple[Deviation, ...]:
+    from mmalign.scorers._mmdet import OFFICIAL_FILE
+
+    found = []
+    if not official_detector:
+        why = "other weights, for which the thresholds 0.3 and 0.9 are not calibrated: report as geneval-hf"
+        found.append(Deviation("geneval.detector", OFFICIAL_FILE, config.detector, why))
+    if not official_clip:
+        found.append(Deviation("geneval.clip", "OpenAI ViT-L/14", config.clip, "another colour classifier"))
+    default = Config()
+    official = {item.name: getattr(default, item.name) for item in fields(Config) if item.name not in ("detector", "clip", "batch_size")}
+    ignored = ("clamp", "compat") if config.rule != "soft" else ()
+    for name, value in official.items():
+        used = getattr(config, name)
+        if used != value and name not in ignored:
+            found.append(Deviation(f"geneval.{name}", str(value), str(used)))
+    return tuple(found)
