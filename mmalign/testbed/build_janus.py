@@ -34,7 +34,7 @@ class Recipe:
     codes: int = 256
     width: int = 192
     layers: int = 4
-    vq_steps: int = 3000
+    vq_steps: int = 1500
     vq_batch: int = 32
     steps: int = 5000
     batch: int = 64
@@ -210,7 +210,8 @@ def _with_answers(model, tokenizer, texts: list[str], answers: list[str]):
     for text, answer in zip(texts, answers, strict=True):
         question = tokenizer(text).input_ids
         image = tokenizer.image_token_id
-        question = [token for t in question for token in ([t] * TOKENS if t == image else [t])]
+        picture = [tokenizer.boi_token_id, *[image] * TOKENS, tokenizer.eoi_token_id]  # as the processor writes it
+        question = [token for t in question for token in (picture if t == image else [t])]
         reply = tokenizer(" " + answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         rows.append(question + reply)
         targets.append([-100] * len(question) + reply)
