@@ -121,7 +121,7 @@ def card(entry: Entry) -> Card:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """The end of an "Unknown ..." sentence: the nearest known names, or all of them when none is near."""
-    names = sorted(known)
+    names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
         return f". Did you mean {' or '.join(repr(item) for item in near)}?"

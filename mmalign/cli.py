@@ -1,0 +1,360 @@
+"""The command line: a function `verb_<name>` is a verb. It declares its options on the parser it is given and returns what to run.
+
+A verb's help is its function's docstring; `--json`, `--debug` and `--plug` belong to every verb. Exit codes: 0 every requested number is
+complete, 2 the command cannot mean anything as typed, 3 incomplete, 1 any other error. Nothing heavy is imported before a verb needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign import __version__, registry
+from mmalign.options import Parser, add_run_options
+from mmalign.screen import Screen, Show, columns
+from mmalign.types import MmalignError, UsageError
+
+if TYPE_CHECKING:
+    from mmalign.evaluate import Job, Progress
+    from mmalign.types import Result
+
+COMPLETE, ERROR, USAGE, INCOMPLETE = 0, 1, 2, 3
+GROUPS = {"suites": "evaluators", "models": "models", "scorers": "scorers", "trainers": "trainers"}
+
+Run = Callable[[argparse.Namespace, Screen], int]
+
+EPILOG = """examples:
+  mmalign eval --model tiny-janus --suite shapes --limit 40     the bundled checkpoint on the bundled suite, in a minute or two
+  mmalign eval --model ./checkpoint --suite geneval,shapes      run, or continue where it stopped
+  mmalign explain geneval                                       protocol, formula, known traps
+exit codes: 0 complete, 2 usage, 3 incomplete, 1 error"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    typed = list(sys.argv[1:] if argv is None else argv)
+    screen = Screen("--json" in typed)
+    try:
+        options = _parse(typed)
+        return options.run(options, screen)
+    except UsageError as error:
+        return _fail(screen, str(error), USAGE, typed)
+    except MmalignError as error:
+        return _fail(screen, str(error), ERROR, typed)
+    except KeyboardInterrupt as stop:
+        return _fail(screen, str(stop) or "Stopped.", INCOMPLETE, typed)
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        sys.stderr.close()
+        return COMPLETE
+    except Exception as error:  # noqa: BLE001 (the command line's top: a fault of ours must still be a sentence)
+        text = f"Unexpected {type(error).__name__}: {error}. This is a fault in mmalign or a plug-in; --debug shows the traceback."
+        return _fail(screen, text, ERROR, typed)
+
+
+# -- verbs --------------------------------------------------------------------------------------------------------------------------
+
+
+def verb_ls(parser: argparse.ArgumentParser) -> Run:
+    """Names of suites, models, scorers and trainers, one line each, with what is missing to run them."""
+    parser.add_argument("filter", nargs="*", metavar="suites|models|scorers|trainers|TEXT", help="a kind, a text to look for, or both")
+
+    def run(options: argparse.Namespace, screen: Screen) -> int:
+        from mmalign import doctor
+
+        kinds = [word for word in options.filter if word in GROUPS] or list(GROUPS)
+        texts = [word.lower() for word in options.filter if word not in GROUPS]
+        found = [(kind, item) for kind in kinds for item in doctor.readiness(GROUPS[kind], options.plug)]
+        wanted = [f"{item.entry.name} {item.entry.description}".lower() for _, item in found]
+        found = [pair for pair, words in zip(found, wanted, strict=True) if all(text in words for text in texts)]
+        for line in columns([(kind.removesuffix("s"), item.entry.name, item.short_mark, item.entry.description) for kind, item in found]):
+            screen.say(line)
+        if not found:
+            raise UsageError(f"Nothing is called '{' '.join(options.filter)}'{registry.suggest(' '.join(texts), _all_names(options.plug))}")
+        screen.give([{**asdict(item.entry), "ready": not item.unmet, "unmet": [asdict(need) for need in item.unmet]} for _, item in found])
+        return COMPLETE
+
+    return run
+
+
+def verb_explain(parser: argparse.ArgumentParser) -> Run:
+    """A suite's protocol card: prompts, images, seed, judge, formula, paper tables, options, known traps."""
+    parser.add_argument("name", metavar="SUITE", help="a suite; a scorer, model family or trainer shows its docstring and options")
+
+    def run(options: argparse.Namespace, screen: Screen) -> int:
+        from mmalign import explain
+
+        content = explain.explain(options.name, options.plug)
+        for line in explain.lines(content):
+            screen.say(line)
+        screen.give(content)
+        return COMPLETE
+
+    return run
+
+
+def verb_plan(parser: argparse.ArgumentParser) -> Run:
+    """What eval would run, what of it is there already, its cost and its deviations from the protocol; writes nothing."""
+    add_run_options(parser)
+
+    def run(options: argparse.Namespace, screen: Screen) -> int:
+        from mmalign import evaluate, jobs
+
+        made, executor, plans = jobs.jobs(options), jobs.executor(options), []
+        _announce(made, jobs.describe(executor), options.results, screen)
+        for job in made:
+            with screen.progress() as show:
+                plan = evaluate.plan(job, executor, options.results, report=partial(_show, show, screen))
+            values = plan.expected * len(plan.scorers)
+            seconds = jobs.seconds_left(plan, executor, options.results)
+            judges = ", ".join(plan.scorers) or "nothing"
+            screen.say(f"{job.suite}: {len(plan.prompts)} prompts, {plan.expected} images, scored by {judges}")
+            screen.say(f"  there already  {plan.cached_samples} images, {plan.cached_scores} of {values} values, {plan.failures} failures")
+            screen.say(f"  to do          {plan.expected - plan.cached_samples} images, {values - plan.cached_scores} values")
+            screen.say(f"  time           {'unknown before the first images' if seconds is None else f'about {_duration(seconds)}'}")
+            for deviation in plan.deviations:
+                screen.say(f"  deviates       {deviation.field}={deviation.used} (card: {deviation.official})")
+            plans.append(
+                {
+                    "suite": job.suite,
+                    "model": job.model_name,
+                    "run": plan.run,
+                    "directory": evaluate.run_directory(options.results, job),
+                    "prompts": len(plan.prompts),
+                    "images": plan.expected,
+                    "values": values,
+                    "cached": {"images": plan.cached_samples, "values": plan.cached_scores, "failures": plan.failures},
+                    "seconds": seconds,
+                    "deviations": [asdict(deviation) for deviation in plan.deviations],
+                }
+            )
+        screen.give(plans)
+        return COMPLETE
+
+    return run
+
+
+def verb_eval(parser: argparse.ArgumentParser) -> Run:
+    """Run suites on a model, or continue where an earlier run stopped. The same command line again continues."""
+    add_run_options(parser)
+    parser.add_argument("--retry-failed", action="store_true", help="redo what failed in earlier runs, and nothing else")
+    parser.add_argument("--wait", action="store_true", help="wait when another run uses the run directory")
+    parser.add_argument("--show-config", action="store_true", help="print every option with the value in force, and stop")
+
+    def run(options: argparse.Namespace, screen: Screen) -> int:
+        from mmalign import config, jobs
+
+        if options.show_config:
+            shown = jobs.settings(jobs.jobs(options))
+            screen.say(config.dump_yaml(shown).rstrip())
+            screen.give(shown)
+            return COMPLETE
+        made, executor = jobs.jobs(options), jobs.executor(options)
+        _announce(made, jobs.describe(executor), options.results, screen)
+        for job in made:  # missing data of the last suite must not surface after hours of the first
+            job.evaluator.prompts(job.split)
+        results = [_evaluate(job, executor, options, screen) for job in made]
+        screen.give(results)
+        return COMPLETE if all(result["is_complete"] for result in results) else INCOMPLETE
+
+    def _evaluate(job: Job, executor: Any, options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+        from mmalign import evaluate, report, results
+
+        saved: dict[str, Progress] = {}
+
+        def watch(progress: Progress) -> None:
+            saved[f"{progress.stage} {progress.name}"] = progress
+            _show(show, screen, progress)
+
+        try:
+            with screen.progress() as show:
+                result = evaluate.evaluate(
+                    job,
+                    executor,
+                    options.results,
+                    batch=options.batch_size,
+                    retry_failed=options.retry_failed,
+                    wait=options.wait,
+                    command=options.command,
+                    report=watch,
+                )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_saved(saved, job, evaluate.run_directory(options.results, job), options.command)) from None
+        directory = evaluate.run_directory(options.results, job)
+        _say_result(result, directory, screen)
+        page = report.write_report([results.json_path(directory, result.run)])
+        screen.say(f"  report    {page}")
+        return {
+            **asdict(result),
+            "line": results.paste_line(result),
+            "is_complete": results.is_complete(result),
+            "continue": results.continue_line(result),
+            "file": results.json_path(directory, result.run),
+            "report": page,
+        }
+
+    return run
+
+
+def verb_report(parser: argparse.ArgumentParser) -> Run:
+    """Static HTML of one or more runs: headline table, figures, galleries and comparisons. It opens from disk."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, a result's JSON file, or a folder of runs")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the run's directory, or report/ beside several)")
+
+    def run(options: argparse.Namespace, screen: Screen) -> int:
+        from mmalign import report
+
+        page = report.write_report(options.runs, options.out)
+        screen.say(str(page))
+        screen.give({"report": page})
+        return COMPLETE
+
+    return run
+
+
+def verb_doctor(parser: argparse.ArgumentParser) -> Run:
+    """Environment, cores, GPUs, packages; which suites, scorers and models run here; the commands that fix the rest."""
+    parser.add_argument("--deep", action="store_true", help="also import torch, its companions and every registered file")
+
+    def run(options: argparse.Namespace, screen: Screen) -> int:
+        from mmalign import doctor
+
+        found = doctor.examine(options.plug, options.deep)
+        for line in doctor.lines(found):
+            screen.say(line)
+        screen.give(found)
+        return COMPLETE if found["is_sound"] else ERROR
+
+    return run
+
+
+def verb_data(parser: argparse.ArgumentParser) -> Run:
+    """Benchmark files: list them, add one you have (checked by sha256), or fetch one from its pinned address."""
+    parser.add_argument("action", nargs="?", choices=("list", "add", "fetch"), default="list")
+    parser.add_argument("name", nargs="?", help="the name of the data, as `mmalign data` lists it")
+    parser.add_argument("--from", dest="source", type=Path, metavar="PATH", help="the file, or a folder that holds it (add)")
+
+    def run(options: argparse.Namespace, screen: Screen) -> int:
+        from mmalign import data
+
+        if options.action == "list":
+            found = data.listing()
+            for line in columns([(item.source.name, item.state, item.source.licence, str(item.path)) for item in found]):
+                screen.say(line)
+            screen.give([{**asdict(item.source), "path": item.path, "state": item.state} for item in found])
+            return COMPLETE
+        if options.name is None:
+            raise UsageError(f"`mmalign data {options.action}` needs a name; `mmalign data` lists them.")
+        if options.action == "add" and options.source is None:
+            raise UsageError(f"Where is the file? mmalign data add {options.name} --from PATH")
+        path = data.fetch(options.name) if options.action == "fetch" else data.add(options.name, options.source)
+        screen.say(f"{options.name} is ready: {path}")
+        screen.give({"name": options.name, "path": path})
+        return COMPLETE
+
+    return run
+
+
+# -- shared by verbs that run something ---------------------------------------------------------------------------------------------
+
+
+def _announce(made: Sequence[Job], where: str, results: Path, screen: Screen) -> None:
+    from mmalign.evaluate import run_directory
+
+    suites = ", ".join(job.suite for job in made)
+    screen.say(f"{made[0].model_name} on {suites}: {where}, results in {run_directory(results, made[0]).parent}")
+
+
+def _show(show: Show, screen: Screen, progress: Progress) -> None:
+    if progress.stage == "wait":
+        screen.note(f"{progress.name} Waiting.")
+    failed = f" ({progress.failed} failed)" if progress.failed else ""
+    show(f"{progress.stage} {progress.name}", f"{progress.stage} {progress.name}{failed}", progress.done, progress.total)
+
+
+def _say_result(result: Result, directory: Path, screen: Screen) -> None:
+    from mmalign import results
+
+    screen.say(results.paste_line(result))
+    for warning in result.provenance.get("warnings", ()):
+        screen.say(f"  warning   {warning}")
+    if not results.is_complete(result):
+        counts = result.counts
+        kinds = ", ".join(f"{number} {kind}" for kind, number in counts.failed.items()) or "headline undefined"
+        screen.say(f"  {counts.expected} images, {counts.scored} scored, {counts.expected - counts.scored} failed: {kinds}")
+        screen.say("  not written to the leaderboard")
+        if results.continue_line(result):
+            screen.say(f"  continue  {results.continue_line(result)}")
+        screen.say(f"  inspect   {directory / 'index.html'}#failed")
+
+
+def _saved(stages: dict[str, Progress], job: Job, directory: Path, command: str) -> str:
+    """What Ctrl-C says: everything that was reported done is on disk."""
+    parts = [
+        f"{stage.done} of {stage.total} {'images' if stage.stage == 'generate' else f'values of {stage.name}'}"
+        for stage in stages.values()
+        if stage.stage in ("generate", "score")
+    ]
+    return f"Stopped in {job.suite}. Saved in {directory}: {', '.join(parts) or 'nothing new'}. Continue: {command}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# -- start and end -----------------------------------------------------------------------------------------------------------------
+
+
+def _parse(typed: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="mmalign", description="Evaluate and align text-to-image and unified multimodal models.", epilog=EPILOG)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--version", action="version", version=f"mmalign {__version__}")
+    verbs = {name.removeprefix("verb_"): function for name, function in globals().items() if name.startswith("verb_")}
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    for name, declare in verbs.items():
+        text = (declare.__doc__ or "").strip()
+        sub = subparsers.add_parser(name, help=text.split(":")[0].split(".")[0], description=text, allow_abbrev=False)
+        sub.set_defaults(run=declare(sub), command=shlex.join(["mmalign", *typed]))
+        general = sub.add_argument_group("every verb")
+        general.add_argument("--json", action="store_true", help="one JSON document on standard output")
+        general.add_argument("--debug", action="store_true", help="tracebacks instead of a sentence")
+        general.add_argument("--plug", action="append", type=Path, default=[], metavar="FILE", help="register a Python file (repeatable)")
+    first = next((word for word in typed if not word.startswith("-")), None)
+    if first is None and not {"-h", "--help", "--version"} & set(typed):
+        parser.print_help()
+        raise SystemExit(USAGE)
+    if first is not None and first not in verbs and typed[0] == first:
+        raise UsageError(f"Unknown verb '{first}'{registry.suggest(first, verbs)}")
+    if first in verbs:
+        known = list(subparsers.choices[first]._option_string_actions)
+        for word in typed:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and len(flag) > 2 and flag not in known:
+                near = difflib.get_close_matches(flag, known, n=1)
+                hint = f"Did you mean '{near[0]}'?" if near else f"See: mmalign {first} --help"
+                raise UsageError(f"Unknown option '{flag}' of mmalign {first}. {hint}")
+    return parser.parse_args(typed)
+
+
+def _all_names(plugs: Sequence[Path]) -> list[str]:
+    return [name for kind in registry.KINDS for name in registry.entries(kind, plugs)]
+
+
+def _fail(screen: Screen, sentence: str, code: int, typed: Sequence[str]) -> int:
+    """Say what went wrong: on standard error for a person, as {"error", "exit"} on standard output with --json."""
+    if "--debug" in typed:
+        screen.note(traceback.format_exc().rstrip())
+    if screen.as_json:
+        screen.give({"error": sentence, "exit": code})
+    else:
+        screen.note(f"mmalign: {sentence}")
+    return code
