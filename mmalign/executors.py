@@ -42,7 +42,8 @@ CRASHES_WHILE_LOADING = 3
 class Session(Protocol):
     """A loaded object, somewhere. Leave it (`with`) to free what it holds."""
 
-    description: Description
+    @property
+    def description(self) -> Description: ...
 
     def run(self, items: Sequence[Any], batch: int) -> Iterator[Outcomes]: ...
 
@@ -288,8 +289,8 @@ class ProcessSession:
             self._deaths_while_loading += 1
             if self._deaths_while_loading >= CRASHES_WHILE_LOADING:
                 raise MmalignError(
-                    f"The worker of the {self._recipe} died {CRASHES_WHILE_LOADING} times while loading ({cause}). SIGKILL often means that memory "
-                    "ran out: try fewer workers (-j), a smaller dtype, or a machine with more memory."
+                    f"The worker of the {self._recipe} died {CRASHES_WHILE_LOADING} times while loading ({cause}). SIGKILL often means "
+                    "that memory ran out: try fewer workers (-j), a smaller dtype, or a machine with more memory."
                 )
         if schedule is None or worker.task is None:
             return []
@@ -302,7 +303,7 @@ class ProcessSession:
             raise MmalignError(f"The {self._recipe} did not load within {limit:g} s. Raise the limit, or look at what it waits for.")
         assert schedule is not None and worker.task is not None
         limit = self._settings.seconds_per_item
-        return schedule.time_out(worker.task, f"The {self._recipe} gave no answer within {limit:g} s for this item; its worker was stopped.")
+        return schedule.time_out(worker.task, f"The {self._recipe} gave no answer within {limit:g} s for this item and was stopped.")
 
     def _remove(self, worker: _Worker) -> None:
         worker.kill()
