@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmalign.testbed import corpus
 from mmalign.testbed.render import SIZE, render
@@ -36,8 +37,8 @@ class Recipe:
     layers: int = 4
     vq_steps: int = 1500
     vq_batch: int = 32
-    steps: int = 5000
-    batch: int = 64
+    steps: int = 4000
+    batch: int = 48
     wrong: float = 0.35
     planned: float = 0.3
     no_text: float = 0.1
@@ -151,35 +152,36 @@ def chat(tokenizer, text: str, image: bool) -> str:
     return tokenizer.apply_chat_template(messages, chat_template=CHAT_TEMPLATE, add_generation_prompt=True, tokenize=False)
 
 
-def _pad(rows: list[list[int]], fill: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(rows: list[list[int]], fill: int) -> torch.Tensor:
     longest = max(map(len, rows))
-    blanks = [[fill] * (longest - len(row)) for row in rows]
-    ids = torch.tensor([blank + row if left else row + blank for blank, row in zip(blanks, rows, strict=True)])
-    mask = torch.tensor([[0] * len(b) + [1] * len(r) if left else [1] * len(r) + [0] * len(b) for b, r in zip(blanks, rows, strict=True)])
-    return ids, mask
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
 
-def hidden_states(model, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return model.model.language_model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
+def hidden_states(model, embeds: torch.Tensor) -> torch.Tensor:
+    """Rows are padded at their right end, where causal attention never looks, so they need no mask. On a CPU the plain attention
+    kernel trains twice as fast in bfloat16 as the fused one."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
 
 
 def drawing_loss(model, tokenizer, recipe: Recipe, step: int) -> torch.Tensor:
     """Cross-entropy of the picture's codes after the chat-formatted text; a tenth of the texts is blanked as guidance will blank them."""
     examples = corpus.drawings(20_000_000 + recipe.seed + step, recipe.batch, recipe.wrong, recipe.planned)
     rows = [tokenizer(chat(tokenizer, example.text, False) + BOI).input_ids for example in examples]
-    ids, mask = _pad(rows, tokenizer.pad_token_id, left=True)
-    keep = (ids == tokenizer.bos_token_id) | (ids == tokenizer.boi_token_id)
-    blank = torch.from_numpy(np.random.default_rng([recipe.seed, step]).random(len(rows)) < recipe.no_text)
-    ids = torch.where(blank[:, None] & ~keep, tokenizer.pad_token_id, ids)
+    kept = (tokenizer.bos_token_id, tokenizer.boi_token_id)
+    blank = np.random.default_rng([recipe.seed, step]).random(len(rows)) < recipe.no_text
+    rows = [[t if t in kept else tokenizer.pad_token_id for t in row] if empty else row for row, empty in zip(rows, blank, strict=True)]
     with torch.no_grad():
         codes = nearest(model.model.vqmodel, encode(model.model.vqmodel, pixels_of([e.scene for e in examples], step)))
-    embeds = torch.cat([model.get_input_embeddings()(ids), model.prepare_embeddings_for_image_generation(codes[:, :-1])], 1)
-    mask = torch.cat([mask, mask.new_ones(len(rows), TOKENS - 1)], 1)
-    logits = model.model.generation_head(hidden_states(model, embeds, mask)[:, -TOKENS:])
-    return F.cross_entropy(rearrange(logits.float(), "b n v -> (b n) v"), codes.flatten())
+    ids = _pad([row + [tokenizer.image_token_id] * (TOKENS - 1) for row in rows], tokenizer.pad_token_id)
+    places = ids == tokenizer.image_token_id
+    drawn = model.prepare_embeddings_for_image_generation(codes[:, :-1])
+    embeds = model.get_input_embeddings()(ids)
+    embeds = embeds.masked_scatter(places[..., None], drawn.to(embeds.dtype))
+    predicts = places.clone()
+    predicts[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])] = True  # the last text token predicts the first code
+    logits = model.model.generation_head(hidden_states(model, embeds)[predicts])
+    return F.cross_entropy(logits.float(), codes.flatten())
 
 
 def answering_loss(model, tokenizer, recipe: Recipe, step: int, number: int) -> torch.Tensor:
@@ -191,21 +193,22 @@ def answering_loss(model, tokenizer, recipe: Recipe, step: int, number: int) -> 
         half = number // 2
         x_BCHW[:half] = reconstruct(vq, F.normalize(vq.quantize.embedding(nearest(vq, encode(vq, x_BCHW[:half]))), dim=-1)).clamp(-1, 1)
     texts = [chat(tokenizer, example.question, True) for example in examples]
-    embeds, mask, labels = _with_answers(model, tokenizer, texts, [example.answer for example in examples])
+    ids, targets = _with_answers(tokenizer, texts, [example.answer for example in examples])
     features = model.model.get_image_features(x_BCHW).pooler_output
-    ids = labels["ids"]
+    embeds = model.get_input_embeddings()(ids)
     embeds = embeds.masked_scatter((ids == tokenizer.image_token_id)[..., None], features.to(embeds.dtype))
-    return _answer_loss(model, embeds, mask, labels["targets"])
+    return _answer_loss(model, embeds, targets)
 
 
 def planning_loss(model, tokenizer, recipe: Recipe, step: int, number: int) -> torch.Tensor:
     examples = corpus.plans(40_000_000 + recipe.seed + step, number, recipe.wrong)
     texts = [chat(tokenizer, example.question, False) for example in examples]
-    embeds, mask, labels = _with_answers(model, tokenizer, texts, [example.answer for example in examples])
-    return _answer_loss(model, embeds, mask, labels["targets"])
+    ids, targets = _with_answers(tokenizer, texts, [example.answer for example in examples])
+    return _answer_loss(model, model.get_input_embeddings()(ids), targets)
 
 
-def _with_answers(model, tokenizer, texts: list[str], answers: list[str]):
+def _with_answers(tokenizer, texts: list[str], answers: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of questions with their answers, and the targets (-100 where nothing is asked of the model)."""
     rows, targets = [], []
     for text, answer in zip(texts, answers, strict=True):
         question = tokenizer(text).input_ids
@@ -215,13 +218,11 @@ def _with_answers(model, tokenizer, texts: list[str], answers: list[str]):
         reply = tokenizer(" " + answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         rows.append(question + reply)
         targets.append([-100] * len(question) + reply)
-    ids, mask = _pad(rows, tokenizer.pad_token_id, left=False)
-    labels, _ = _pad(targets, -100, left=False)
-    return model.get_input_embeddings()(ids), mask, {"ids": ids, "targets": labels}
+    return _pad(rows, tokenizer.pad_token_id), _pad(targets, -100)
 
 
-def _answer_loss(model, embeds: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    hidden = hidden_states(model, embeds, mask)[:, :-1]
+def _answer_loss(model, embeds: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    hidden = hidden_states(model, embeds)[:, :-1]
     wanted = targets[:, 1:]
     logits = model.lm_head(hidden[wanted != -100])
     return F.cross_entropy(logits.float(), wanted[wanted != -100])

@@ -1,0 +1,150 @@
+"""Many processes: torchrun, FSDP2 sharding, sums over processes, and training state as sharded safetensors.
+
+One process needs none of it: `world()` is 1, `shard` does nothing, sums are the numbers themselves. State is written by
+torch.distributed.checkpoint into safetensors shards (no pickle), aside first, the manifest last, then renamed: a folder that has a
+manifest is whole. What n processes saved, m processes load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmalign.types import MmalignError
+
+MANIFEST = "manifest.json"
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def start(timeout_minutes: float = 30) -> None:
+    """Joins the process group when torchrun started this process. The timeout is finite: a lost peer ends the run with a message."""
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+
+
+def stop() -> None:
+    """Leaves the group after everyone has arrived, so that no process tears it down under another."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(value: float | Tensor) -> float:
+    """The sum over processes, in float64."""
+    number = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    if world() == 1:
+        return float(number)
+    number = number.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(number)
+    return float(number)
+
+
+def largest(value: float | Tensor) -> float:
+    """The maximum over processes."""
+    number = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    if world() == 1:
+        return float(number)
+    number = number.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return float(number)
+
+
+def gather(items: list) -> list:
+    """The items of all processes, in rank order, on every process."""
+    if world() == 1:
+        return items
+    shares: list[list] = [[] for _ in range(world())]
+    dist.all_gather_object(shares, items)
+    return [item for share in shares for item in share]
+
+
+def share(items: list, what: str = "prompts") -> list:
+    """This process's contiguous part of a global list whose length the number of processes must divide."""
+    if len(items) % world():
+        raise MmalignError(
+            f"{len(items)} {what} in a step cannot be divided among {world()} processes; set their number to a multiple of {world()}."
+        )
+    size = len(items) // world()
+    return items[rank() * size : (rank() + 1) * size]
+
+
+def shard(units: Iterable[nn.Module]) -> None:
+    """FSDP2 over the given modules, inner ones first. Every module that is called directly must be one of them, because FSDP2
+    gathers a module's parameters in its own forward."""
+    if world() == 1:
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    for unit in units:
+        fully_shard(unit)
+
+
+def save_state(folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Writes tensors (plain or sharded) and a JSON manifest to `folder`. A crash at any moment leaves a whole folder or none."""
+    import torch.distributed.checkpoint as checkpoint
+
+    aside = folder.with_name(folder.name + ".tmp")
+    if rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    barrier()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        checkpoint.save(dict(tensors), storage_writer=checkpoint.HuggingFaceStorageWriter(str(aside), save_distributed=True))
+    barrier()
+    if rank() == 0:
+        with (aside / MANIFEST).open("w") as file:
+            json.dump({**manifest, "tensors": len(tensors)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(aside, folder)
+    barrier()
+
+
+def load_state(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Fills the given tensors in place from a folder that `save_state` wrote with any number of processes; returns the manifest."""
+    import torch.distributed.checkpoint as checkpoint
+
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest["tensors"] != len(tensors):
+        raise MmalignError(
+            f"The training state in {folder} holds {manifest['tensors']} tensors, this run has {len(tensors)}: its model, LoRA or EMA options "
+            "differ. Use the options it was started with, or another --run folder."
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        checkpoint.load(dict(tensors), storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)))
+    return manifest
+
+
+def latest_state(parent: Path) -> Path | None:
+    """The whole state of the highest step under `parent`; half-written ones are never seen."""
+    whole = [path for path in parent.glob("step-*") if path.suffix != ".tmp" and (path / MANIFEST).exists()]
+    return max(whole, default=None)

@@ -1,0 +1,325 @@
+"""What every trainer shares: optimiser, LoRA, EMA, exact resume, metrics, the held-out panel. No method lives here.
+
+A step depends on (seed, step) and the weights alone: prompts, sampling seeds and masks are drawn from both, never from state that
+accumulates. So a run that was killed continues from its last state exactly as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmalign import config as configs
+from mmalign import distributed
+from mmalign.types import MmalignError, Prompt, UsageError, digest
+
+KEPT_STATES = 2
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Options that every trainer has; a trainer's Config extends it and sets the paper's values."""
+
+    steps: int = 100
+    seed: int = 0
+    learning_rate: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    grad_norm: float = 1.0
+    warmup: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    micro_batch: int = 32  # samples in one forward and backward; changes memory and speed, never the result's meaning
+    lora_rank: int = 0  # 0: all trainable weights; else LoRA on the trainable linear layers
+    lora_alpha: float = 64.0
+    ema: float = 0.0  # decay of the averaged weights that are saved and evaluated; 0: none
+    autocast: Literal["none", "bfloat16", "float16"] = "none"
+    gradient_checkpointing: bool = False
+    save_every: int = 50
+    panel_every: int = 0  # steps between measurements on held-out prompts; 0: never
+    max_failures: float = 0.25  # stop above this share of samples without a reward
+
+
+class Loop:
+    """One training run in one folder. Trainers use `steps`, `draw`, `backward`, `update`, `reference`, `log`."""
+
+    def __init__(
+        self, config: LoopConfig, model: Any, run: Path, panel: Callable[[], dict[str, float]] | None = None, quiet: bool = True
+    ) -> None:
+        self.config, self.model, self.run, self.panel, self.quiet = config, model, run, panel, quiet
+        self.step, self._figures, self._seconds, self._panels = 0, {}, {}, []  # type: ignore[var-annotated]
+        if config.lora_rank:
+            _add_lora(model, config)
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        distributed.shard(model.shard_units())
+        self.parameters = {name: parameter for name, parameter in model.module.named_parameters() if parameter.requires_grad}
+        if not self.parameters:
+            raise UsageError("Nothing is trainable: the model has no parameter that requires a gradient under these options.")
+        self._base = {} if config.lora_rank else {name: value.detach().clone() for name, value in self.parameters.items()}
+        self._average = {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema else {}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        if distributed.rank() == 0:
+            run.mkdir(parents=True, exist_ok=True)
+        distributed.barrier()
+        self._resume()
+
+    # -- what a trainer calls ---------------------------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left. After each one: schedule, log line, state, panel."""
+        while self.step < self.config.steps:
+            begun = time.monotonic()
+            yield self.step
+            self._timed("step", time.monotonic() - begun)
+            self.step += 1
+            last = self.step == self.config.steps
+            if self.panel and self.config.panel_every and (self.step % self.config.panel_every == 0 or last):
+                self._measure_panel()
+            self._write_log()
+            if self.step % self.config.save_every == 0 or last:
+                self.save()
+
+    def draw(self, prompts: Sequence[Prompt], number: int) -> list[Prompt]:
+        """This process's share of the step's prompts: every epoch is a fresh shuffle by (seed, epoch), read on without overlap."""
+        first, chosen = self.step * number, []
+        for position in range(first, first + number):
+            epoch, place = divmod(position, len(prompts))
+            order = list(range(len(prompts)))
+            Random(f"{self.config.seed}/{epoch}").shuffle(order)
+            chosen.append(prompts[order[place]])
+        return distributed.share(chosen)
+
+    def seeds(self, prompts: Sequence[Prompt], number: int, purpose: str = "image") -> list[int]:
+        """Sampling seeds, `number` for each prompt in turn, from (seed, step, purpose, prompt): the same on any number of processes."""
+        keys = [(prompt.id, index) for prompt in prompts for index in range(number)]
+        return [int(digest(self.config.seed, self.step, purpose, *key)[:15], 16) for key in keys]
+
+    def autocast(self):
+        """Mixed precision for forwards, as configured."""
+        if self.config.autocast == "none":
+            return nullcontext()
+        return torch.autocast(self.model.device.type, getattr(torch, self.config.autocast))
+
+    def backward(self, loss: Tensor, tensors: dict[str, Tensor], prompts: Sequence[Prompt]) -> None:
+        """Adds the gradient of one micro-batch's share of the loss. A loss that is no number stops the run and names its cause."""
+        if not torch.isfinite(loss):
+            bad = next((name for name, value in tensors.items() if not torch.isfinite(value).all()), "loss")
+            texts = "; ".join(dict.fromkeys(prompt.text for prompt in prompts))
+            raise MmalignError(
+                f"Step {self.step}: the loss is {float(loss)}; the first tensor that is not finite is '{bad}', prompts: {texts[:300]}. "
+                f"The last whole state is kept in {self.run / 'state'}; lower the learning rate or train in float32."
+            )
+        (loss * distributed.world()).backward()  # FSDP averages gradients over processes; losses here are shares of one sum
+
+    def update(self) -> None:
+        """One optimiser step on the accumulated gradients, clipped; then the average."""
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm):
+            bad = next((name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()), "?")
+            raise MmalignError(f"Step {self.step}: the gradient of '{bad}' is not finite; the last whole state is in {self.run / 'state'}.")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * _schedule(self.config, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, average in self._average.items():
+            average.lerp_(self.parameters[name].detach(), 1 - self.config.ema)
+        self.log(grad_norm=norm, learning_rate=self.optimizer.param_groups[0]["lr"])
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the model is the one that training started from: LoRA switched off, or the first weights put in place."""
+        if self.config.lora_rank:
+            _switch_lora(self.model.module, enabled=False)
+            try:
+                yield
+            finally:
+                _switch_lora(self.model.module, enabled=True)
+            return
+        with _swapped(self.parameters, self._base):
+            yield
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights (the current ones when there is no average)."""
+        with _swapped(self.parameters, self._average) if self._average else nullcontext():
+            yield
+
+    def log(self, **figures: float) -> None:
+        """Figures of this step; a name given again in the same step replaces the earlier value."""
+        self._figures.update({name: float(value) for name, value in figures.items()})
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self._timed(name, time.monotonic() - begun)
+
+    def save_images(self, images: Sequence[Any], columns: int) -> None:
+        """A sheet of the step's pictures (uint8 [H, W, 3] each) under samples/."""
+        if distributed.rank() == 0 and len(images):
+            import numpy as np
+
+            from mmalign.images import encode_png
+
+            rows = [np.concatenate(images[at : at + columns], axis=1) for at in range(0, len(images) - len(images) % columns, columns)]
+            folder = self.run / "samples"
+            folder.mkdir(exist_ok=True)
+            (folder / f"step-{self.step:06d}.png").write_bytes(encode_png(np.concatenate(rows, axis=0)))
+
+    # -- state ------------------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """The whole training state under state/step-<n>; older ones go, two stay."""
+        folder = self.run / "state" / f"step-{self.step:06d}"
+        manifest = {"step": self.step, "config": digest(configs.plain(self.config)), "processes": distributed.world()}
+        distributed.save_state(folder, self._tensors(), manifest)
+        if distributed.rank() == 0:
+            import shutil
+
+            for old in sorted((self.run / "state").glob("step-*"))[:-KEPT_STATES]:
+                shutil.rmtree(old)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": value.detach() for name, value in self.parameters.items()}
+        tensors |= {f"average.{name}": value for name, value in self._average.items()}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            if not state:  # AdamW fills its state at the first step; loading needs it before
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+        return tensors
+
+    def _resume(self) -> None:
+        folder = distributed.latest_state(self.run / "state")
+        if folder is None:
+            return
+        with torch.no_grad():
+            manifest = distributed.load_state(folder, self._tensors())
+        self.step = manifest["step"]
+        if distributed.rank() == 0:
+            _truncate(self.run / "metrics.jsonl", self.step)
+
+    # -- figures ----------------------------------------------------------------------------------------------------------------
+
+    def _timed(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def _write_log(self) -> None:
+        if distributed.rank() == 0:
+            line = {"step": self.step, **self._figures, **{f"seconds/{name}": round(value, 4) for name, value in self._seconds.items()}}
+            with (self.run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            if not self.quiet:
+                shown = {key: round(value, 4) for key, value in line.items() if not key.startswith("seconds/") or key == "seconds/step"}
+                print(" ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+        self._figures, self._seconds = {}, {}
+
+    def _measure_panel(self) -> None:
+        assert self.panel is not None
+        with self.timer("panel"), self.averaged():
+            figures = self.panel()
+        self._panels.append(figures)
+        self.log(**{f"panel/{name}": value for name, value in figures.items()})
+
+
+def hacking_note(metrics: Sequence[dict[str, float]], reward: str = "reward") -> str | None:
+    """A sentence when the training reward rises while a held-out measure falls, from the first to the last third of a run.
+
+    A rise or fall counts when it exceeds twice the standard error of the difference of the two thirds' means."""
+    trend = _trend([line[reward] for line in metrics if reward in line])
+    if trend is None or trend <= 0:
+        return None
+    names = sorted({key for line in metrics for key in line if key.startswith("panel/")})
+    falling = [name for name in names if (change := _trend([line[name] for line in metrics if name in line])) is not None and change < 0]
+    if not falling:
+        return None
+    return (
+        f"The training reward rises while {', '.join(name.removeprefix('panel/') for name in falling)} on held-out prompts "
+        f"{'falls' if len(falling) == 1 else 'fall'}: the model may be exploiting its reward."
+    )
+
+
+def _trend(values: Sequence[float]) -> float | None:
+    third = len(values) // 3
+    if third < 2:
+        return None
+    first, last = values[:third], values[-third:]
+    means = [sum(part) / third for part in (first, last)]
+    variance = sum(sum((v - m) ** 2 for v in part) / (third - 1) / third for part, m in zip((first, last), means, strict=True))
+    change = means[1] - means[0]
+    return change if abs(change) > 2 * math.sqrt(variance) else 0.0
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics log."""
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _truncate(file: Path, step: int) -> None:
+    """Drops log lines of steps after the state, which will be done again."""
+    if file.exists():
+        lines = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        aside = file.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in lines))
+        os.replace(aside, file)
+
+
+def _schedule(config: LoopConfig, step: int) -> float:
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[config.schedule]
+
+
+@contextmanager
+def _swapped(parameters: dict[str, nn.Parameter], others: dict[str, Tensor]) -> Iterator[None]:
+    with torch.no_grad():
+        kept = {name: parameters[name].detach().clone() for name in others}
+        for name, value in others.items():
+            parameters[name].copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in kept.items():
+                parameters[name].copy_(value)
+
+
+def _add_lora(model: Any, config: LoopConfig) -> None:
+    """LoRA on the linear layers that were trainable; everything else freezes. The adapters start at zero effect, seeded."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = [
+        name for name, layer in model.module.named_modules() if isinstance(layer, nn.Linear) and layer.weight.requires_grad
+    ]
+    if not linear:
+        raise UsageError("LoRA needs trainable linear layers; this model offers none under these options.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=linear), model.module)
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def _switch_lora(module: nn.Module, enabled: bool) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.enable_adapters(enabled)
