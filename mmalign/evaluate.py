@@ -337,6 +337,7 @@ def _result(made: Plan, rows: Sequence[Row], counts: Counts, origin: Mapping[str
         suite={
             "name": job.suite,
             "title": job.card.title,
+            "unsafe": job.card.unsafe,
             "split": job.split,
             "card": job.card.hash,
             "protocol": digest("prompts", *made.prompts)[:12],

@@ -6,7 +6,7 @@ first: a JSON file that exists is complete.
 
 JSON: the fields of types.Result in their order; every metric is {value, stderr, ci, n, prompts, method, bounds, higher_is_better}.
   model:      name, spec, family, fingerprint, determinism, capabilities, and what the caller knows (source, revision, trained_on_rewards)
-  suite:      name, title, split, card (hash), protocol (digest of the prompts), prompts, images_per_prompt, options
+  suite:      name, title, unsafe, split, card (hash), protocol (digest of the prompts), prompts, images_per_prompt, options
   sampling:   settings, size ([height, width] or null), seed (the base), seed_rule
   scorers:    {name: {fingerprint, options, range}}
   provenance: command, version, git, is_dirty, lock, python, torch, device, gpu, host, started, ended, cached, warnings (sentences)
