@@ -107,7 +107,7 @@ def resize(image_HWC: np.ndarray, size: Size, method: Filter) -> np.ndarray:
 
 
 def _opencv_bilinear(image_HWC: np.ndarray, size: Size) -> np.ndarray:
-    """OpenCV's INTER_LINEAR for 8 bits, to the bit: 11-bit weights and two truncating shifts, which plain bilinear misses by 1 in 1 of 8."""
+    """OpenCV's INTER_LINEAR for 8 bits, to the bit: 11-bit weights, two truncating shifts; plain bilinear misses one pixel in 8 by 1."""
     import numpy as np
 
     left, right, left_weight, right_weight = _opencv_taps(image_HWC.shape[1], size[1], clear_edges=True)

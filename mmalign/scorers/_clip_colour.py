@@ -1,18 +1,18 @@
 """Which of ten colours an object has: GenEval's zero-shot CLIP classifier on masked crops.
 
-Source: djghosh13/geneval evaluation/evaluate_images.py at af4902f and clip_benchmark 1.4.0 (zero_shot_classifier, run_classification). Changed:
-float32 where the official run uses fp16 autocast, and the features' dot product always in float32.
+Source: djghosh13/geneval evaluation/evaluate_images.py at af4902f and clip_benchmark 1.4.0 (zero_shot_classifier, run_classification).
+Changed: float32 where the official run uses fp16 autocast, and the features' dot product always in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmalign.images import clip_pixels
 from mmalign.scorers._geneval_verdict import COLOURS, Detection
-from mmalign.types import MmalignError
+from mmalign.scorers._whole import load_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ def crop(image_HWC: np.ndarray, detection: Detection) -> np.ndarray:
     import numpy as np
 
     if detection.mask is not None:
-        image_HWC = np.where(detection.mask[..., None], image_HWC, np.uint8(BACKGROUND))
+        image_HWC = np.where(detection.mask[..., None], image_HWC, np.array(BACKGROUND, np.uint8))
     left, top, right, bottom = (round(float(edge)) for edge in detection.box)
     return image_HWC[top:bottom, left:right]
 
@@ -37,8 +37,10 @@ class ColourClassifier:
     """A loaded CLIP with its ten-colour text classifiers, one per class name, made when first asked for."""
 
     def __init__(self, spec: str, device: str, dtype: str) -> None:
-        self.spec = spec
-        self.model, self.tokenizer = _load(spec, device, dtype)
+        from transformers import AutoTokenizer, CLIPModel
+
+        self.model = load_whole(CLIPModel, spec, device, dtype, "geneval.clip")
+        self.tokenizer = AutoTokenizer.from_pretrained(spec)
         self._classifiers: dict[str, torch.Tensor] = {}
 
     @cached_property
@@ -78,23 +80,3 @@ class ColourClassifier:
             unit_CTD = functional.normalize(features.float(), dim=-1).unflatten(0, (len(COLOURS), len(TEMPLATES)))
             self._classifiers[name] = functional.normalize(unit_CTD.mean(1), dim=-1).T
         return self._classifiers[name]
-
-
-def _load(spec: str, device: str, dtype: str) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoTokenizer, CLIPModel
-
-    try:
-        model, info = CLIPModel.from_pretrained(spec, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(spec)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise MmalignError(
-            f"The CLIP '{spec}' of the GenEval scorer cannot be loaded: {str(error).splitlines()[0]} "
-            f"Give a folder or a hub id with --set geneval.clip=PATH."
-        ) from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise MmalignError(
-            f"The CLIP '{spec}' is not whole: {len(info['missing_keys'])} weights are missing and {len(info['mismatched_keys'])} have another "
-            f"shape. Its colours would be random. Get a complete CLIPModel."
-        )
-    return model.to(device=device, dtype=getattr(torch, dtype)).eval(), tokenizer

@@ -44,13 +44,13 @@ Detections = Mapping[str, Sequence[Detection]]  # class name -> objects, best fi
 ColoursOf = Callable[[str, Sequence[Detection]], Sequence[str]]  # class name, objects -> one colour name each
 
 
-def keep(scores: np.ndarray, threshold: float, limit: int = 16) -> list[int]:
+def keep(scores: Sequence[float] | np.ndarray, threshold: float, limit: int = 16) -> list[int]:
     """Indices of the scores [N] above the threshold (strictly, in float32), best first, at most `limit`."""
     import numpy as np
 
-    scores = np.asarray(scores, np.float32)
-    order = np.argsort(scores, kind="stable")[::-1]
-    return [int(index) for index in order if scores[index] > np.float32(threshold)][:limit]
+    scores_N = np.asarray(scores, np.float32)
+    order = np.argsort(scores_N, kind="stable")[::-1]
+    return [int(index) for index in order if scores_N[index] > np.float32(threshold)][:limit]
 
 
 def overlap(first: Sequence[float], second: Sequence[float]) -> float:

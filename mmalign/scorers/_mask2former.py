@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.images import Size, normalise, resize
 from mmalign.scorers._geneval_verdict import Detection
-from mmalign.types import MmalignError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 SHORT, LONG, DIVISOR, GREY = 800, 1333, 32, 128
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CANDIDATES = 100  # query x class pairs kept per image
-MAY_BE_MISSING = ("swin.layernorm.", "criterion.")  # unused by the backbone; the loss's own buffer
+MAY_LACK = ("swin.layernorm.", "criterion.")  # unused by the backbone; the loss's own buffer
 
 
 @dataclass(frozen=True)
@@ -35,18 +34,18 @@ class Found:
     detection: Detection
 
 
-def fit(size: Size) -> Size:
-    """The size of an image [height, width] scaled to fit 1333 x 800 (long x short), each side rounded half up."""
-    scale = min(LONG / max(size), SHORT / min(size))
+def fit(size: Size, short: int = SHORT) -> Size:
+    """The size of an image [height, width] scaled to fit 1333 x 800 (long x short; `short` changes both), each side rounded half up."""
+    scale = min(round(LONG * short / SHORT) / max(size), short / min(size))
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
 
-def prepare(image_HWC: np.ndarray) -> tuple[torch.Tensor, Size]:
+def prepare(image_HWC: np.ndarray, short: int = SHORT) -> tuple[torch.Tensor, Size]:
     """The network's input [1, 3, H, W] (multiples of 32, grey padding before normalisation) and the size of its unpadded part."""
     import torch
     from torch.nn import functional
 
-    height, width = fit(image_HWC.shape[:2])
+    height, width = fit(image_HWC.shape[:2], short)
     x_BCHW = torch.from_numpy(resize(image_HWC, (height, width), "opencv-bilinear")).permute(2, 0, 1)[None].float()
     x_BCHW = functional.pad(x_BCHW, (0, -width % DIVISOR, 0, -height % DIVISOR), value=GREY)
     return normalise(x_BCHW, MEAN, STD), (height, width)
@@ -95,7 +94,9 @@ def _box(mask_HW: torch.Tensor) -> np.ndarray:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if columns else [0, 0, 0, 0], np.float32)
 
 
-def detect(model: Any, images: Sequence[np.ndarray], batch_size: int, floor: float = 0.0) -> list[list[Found] | FloatingPointError]:
+def detect(
+    model: Any, images: Sequence[np.ndarray], batch_size: int, floor: float = 0.0, short: int = SHORT
+) -> list[list[Found] | FloatingPointError]:
     """The objects of each image, in the order given; an image whose logits are not finite gives the error in its place.
 
     Only images of one size share a batch, so that padding, and with it the result, depends on the image alone.
@@ -110,35 +111,15 @@ def detect(model: Any, images: Sequence[np.ndarray], batch_size: int, floor: flo
     for size, indices in by_size.items():
         for start in range(0, len(indices), batch_size):
             chunk = indices[start : start + batch_size]
-            prepared = [prepare(images[index]) for index in chunk]
+            prepared = [prepare(images[index], short) for index in chunk]
             x_BCHW = torch.cat([pixels for pixels, _ in prepared]).to(parameter.device, parameter.dtype)
+            padded = x_BCHW.shape[2], x_BCHW.shape[3]
             with torch.inference_mode():
                 out = model(pixel_values=x_BCHW, output_auxiliary_logits=False)
                 for row, index in enumerate(chunk):
                     logits = out.class_queries_logits[row], out.masks_queries_logits[row]
                     try:
-                        results[index] = objects(*logits, tuple(x_BCHW.shape[-2:]), prepared[row][1], size, floor)
+                        results[index] = objects(*logits, padded, prepared[row][1], size, floor)
                     except FloatingPointError as error:
                         results[index] = error
     return [results[index] for index in range(len(images))]
-
-
-def load_model(spec: str, device: str, dtype: str) -> Any:
-    """A Mask2Former in the Hugging Face layout, from a folder or a hub id; MmalignError when it is not one, or not whole."""
-    import torch
-    from transformers import Mask2FormerForUniversalSegmentation
-
-    try:
-        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(spec, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise MmalignError(
-            f"The GenEval detector '{spec}' cannot be loaded: {str(error).splitlines()[0]} Give a folder, a hub id or mmdet's .pth file "
-            f"with --set geneval.detector=PATH."
-        ) from error
-    missing = [key for key in info["missing_keys"] if not any(part in key for part in MAY_BE_MISSING)]
-    if missing or info["mismatched_keys"]:
-        raise MmalignError(
-            f"The GenEval detector '{spec}' is not whole: {len(missing)} weights are missing (first: {missing[:1]}) and "
-            f"{len(info['mismatched_keys'])} have another shape. Random weights would score every image 0. Get a complete Mask2Former."
-        )
-    return model.to(device=device, dtype=getattr(torch, dtype)).eval()

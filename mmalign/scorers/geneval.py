@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,18 +21,23 @@ NEEDS = ("weights: facebook/mask2former-swin-small-coco-instance", "weights: ope
 VERSION = 1  # raise it with any change that can change a value
 
 # COCO's 80 classes in the detector's order, with the three names that GenEval changed (computer mouse, tv remote, computer keyboard).
-CLASSES = tuple(
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,"
-    "sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
-    "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,"
-    "carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,"
-    "cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
+NAMES = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,"
+    "dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
+    "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,"
+    "sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,"
+    "computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,"
+    "teddy bear,hair drier,toothbrush"
 )
+CLASSES = tuple(NAMES.split(","))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options. `detector`: hub id, folder or mmdet's .pth; `rule`: which verdict is the value; `clamp` and `compat` shape the soft one."""
+    """Options. `detector`: hub id, folder or mmdet's .pth; `rule`: which verdict is the value; `clamp` and `compat` shape the soft one.
+
+    `resolution`: short side of the detector's input (its long side is at most 5/3 of it); a smaller one is a cheaper, different reward.
+    """
 
     detector: str = "facebook/mask2former-swin-small-coco-instance"
     clip: str = "openai/clip-vit-large-patch14"
@@ -43,26 +48,34 @@ class Config:
     counting_threshold: float = 0.9
     max_objects: int = 16
     position_threshold: float = 0.1
+    resolution: int = 800
     batch_size: int = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         if not (0 < self.threshold < 1 and 0 < self.counting_threshold < 1):
             raise ValueError(f"thresholds lie between 0 and 1, got {self.threshold} and {self.counting_threshold}")
+        if self.resolution < 32:
+            raise ValueError(f"resolution is at least 32, got {self.resolution}")
         if self.batch_size < 1 or self.max_objects < 1:
             raise ValueError(f"batch_size and max_objects are at least 1, got {self.batch_size} and {self.max_objects}")
 
 
 def load(config: Config, device: str = "cpu") -> GenEval:
     """The scorer with both networks on `device`; MmalignError when one is absent, damaged or of another kind."""
+    from transformers import Mask2FormerForUniversalSegmentation
+
     from mmalign.scorers import _mask2former, _mmdet
     from mmalign.scorers._clip_colour import ColourClassifier
+    from mmalign.scorers._whole import load_whole
 
     path = Path(config.detector).expanduser()
     if path.is_file():
         detector, official = _mmdet.load_checkpoint(path, device, config.dtype), _mmdet.is_official(path)
     else:
-        detector, official = _mask2former.load_model(config.detector, device, config.dtype), False
+        network = Mask2FormerForUniversalSegmentation
+        detector = load_whole(network, config.detector, device, config.dtype, "geneval.detector", _mask2former.MAY_LACK)
+        official = False
     if detector.config.num_labels != len(CLASSES):
         raise MmalignError(
             f"The GenEval detector '{config.detector}' knows {detector.config.num_labels} classes; expected COCO's {len(CLASSES)} things. "
@@ -106,7 +119,7 @@ class GenEval:
                 except ImageError as error:
                     scores[index] = Failure("score", "error", str(error))
         floor = min(self.config.threshold, self.config.counting_threshold)
-        found = detect(self.detector, list(images.values()), self.config.batch_size, floor)
+        found = detect(self.detector, list(images.values()), self.config.batch_size, floor, self.config.resolution)
         for index, objects in zip(images, found, strict=True):
             scores[index] = self._judge(images[index], objects, samples[index].request.prompt.meta)
         return [scores[index] for index in range(len(samples))]
@@ -149,7 +162,7 @@ def select(objects: Sequence[Any], tag: str, threshold: float, counting_threshol
 
 
 def fingerprint_tensors(model: Any, n_values: int = 1024) -> str:
-    """A digest of a network's tensor names, shapes and spread-out values: other weights give another one, wherever they were loaded from."""
+    """A digest of a network's tensor names, shapes and spread-out values: other weights, another digest, wherever they came from."""
     import torch
 
     seen = hashlib.sha256()
@@ -162,6 +175,7 @@ def fingerprint_tensors(model: Any, n_values: int = 1024) -> str:
 
 
 def _deviations(config: Config, official_detector: bool, official_clip: bool) -> tuple[Deviation, ...]:
+    """What the options alone do not show: whose weights these are. Changed options are recorded by the core."""
     from mmalign.scorers._mmdet import OFFICIAL_FILE
 
     found = []
@@ -170,11 +184,4 @@ def _deviations(config: Config, official_detector: bool, official_clip: bool) ->
         found.append(Deviation("geneval.detector", OFFICIAL_FILE, config.detector, why))
     if not official_clip:
         found.append(Deviation("geneval.clip", "OpenAI ViT-L/14", config.clip, "another colour classifier"))
-    default = Config()
-    official = {item.name: getattr(default, item.name) for item in fields(Config) if item.name not in ("detector", "clip", "batch_size")}
-    ignored = ("clamp", "compat") if config.rule != "soft" else ()
-    for name, value in official.items():
-        used = getattr(config, name)
-        if used != value and name not in ignored:
-            found.append(Deviation(f"geneval.{name}", str(value), str(used)))
     return tuple(found)
