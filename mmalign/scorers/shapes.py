@@ -1,4 +1,7 @@
-"""Share of a prompt's facts that a picture of the shapes world fulfils, read by the exact oracle (0 to 1)."""
+"""Share of a prompt's facts that a picture of the shapes world fulfils, read by the exact oracle (0 to 1).
+
+Its heat map is the truth that attribution is held against: 1 on the pixels of things whose shape the prompt names, 0 elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +55,7 @@ class ShapesScorer:
         return Value(
             x=share if self.config.form == "share" else is_strict,
             parts={"share": share, "strict": is_strict},
+            heatmap=oracle.truth(sample.image, reading.scene, {clause.shape for clause in clauses}),
             detail="; ".join(notes) or "all facts hold",
         )
 

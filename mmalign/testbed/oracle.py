@@ -25,6 +25,7 @@ from mmalign.testbed.world import COLORS, SIDE, Scene, Thing
 BLURS = (0.0, 0.7, 1.0)  # standard deviations in pixels
 UNEXPLAINED = 0.33  # share of a cell's energy that no template explains
 COLOR_DISTANCE = 70.0  # Euclidean, in 0..255 RGB
+FAINT_PIXEL = 40.0  # a pixel shows a thing when some channel is this far from the background
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ def read(pixels_BHWC: np.ndarray) -> list[Reading]:
             things.append(Thing(int(k) // SIDE, int(k) % SIDE, shape, COLORS[int(distance[b, k].argmin())], size))
         readings.append(Reading(tuple(things), unclear))
     return readings
+
+
+def truth(pixels_HWC: np.ndarray, scene: Scene, shapes: set[str]) -> np.ndarray:
+    """Where a picture shows the scene's things of these shapes: [32, 32], 1 on their pixels and 0 elsewhere."""
+    distance = np.abs(_to_board(np.asarray(pixels_HWC, np.float32)[None])[0] - BACKGROUND).max(2)
+    heat = np.zeros((SIZE, SIZE), np.float32)
+    for thing in scene:
+        if thing.shape in shapes:
+            top, left = MARGIN + CELL * thing.row, MARGIN + CELL * thing.column
+            heat[top : top + CELL, left : left + CELL] = distance[top : top + CELL, left : left + CELL] > FAINT_PIXEL
+    return heat
 
 
 def _to_board(pixels_BHWC: np.ndarray) -> np.ndarray:
