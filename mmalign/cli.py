@@ -67,18 +67,23 @@ def verb_ls(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("filter", nargs="*", metavar="suites|models|scorers|trainers|TEXT", help="a kind, a text to look for, or both")
 
     def run(options: argparse.Namespace, screen: Screen) -> int:
-        from mmalign import doctor
+        from mmalign import doctor, hub
 
         kinds = [word for word in options.filter if word in GROUPS] or list(GROUPS)
         texts = [word.lower() for word in options.filter if word not in GROUPS]
-        found = [(kind, item) for kind in kinds for item in doctor.readiness(GROUPS[kind], options.plug)]
-        wanted = [f"{item.entry.name} {item.entry.description}".lower() for _, item in found]
-        found = [pair for pair, words in zip(found, wanted, strict=True) if all(text in words for text in texts)]
-        for line in columns([(kind.removesuffix("s"), item.entry.name, item.short_mark, item.entry.description) for kind, item in found]):
+        found = [(kind.removesuffix("s"), item) for kind in kinds for item in doctor.readiness(GROUPS[kind], options.plug)]
+        lines = [(noun, item.entry.name, item.short_mark, item.entry.description) for noun, item in found]
+        content = [{**asdict(item.entry), "ready": not item.unmet, "unmet": [asdict(need) for need in item.unmet]} for _, item in found]
+        if "models" in kinds:
+            for name in hub.bundled_names():
+                lines.append(("checkpoint", name, "ready", f"bundled: --model {name}"))
+                content.append({"kind": "checkpoints", "name": name, "description": "bundled", "ready": True, "unmet": []})
+        kept = [number for number, line in enumerate(lines) if all(text in " ".join(line).lower() for text in texts)]
+        if not kept:
+            raise UsageError(f"Nothing is called '{' '.join(texts)}'{registry.suggest(' '.join(texts), [line[1] for line in lines])}")
+        for line in columns([lines[number] for number in kept]):
             screen.say(line)
-        if not found:
-            raise UsageError(f"Nothing is called '{' '.join(options.filter)}'{registry.suggest(' '.join(texts), _all_names(options.plug))}")
-        screen.give([{**asdict(item.entry), "ready": not item.unmet, "unmet": [asdict(need) for need in item.unmet]} for _, item in found])
+        screen.give([content[number] for number in kept])
         return COMPLETE
 
     return run
@@ -343,10 +348,6 @@ def _parse(typed: list[str]) -> argparse.Namespace:
                 hint = f"Did you mean '{near[0]}'?" if near else f"See: mmalign {first} --help"
                 raise UsageError(f"Unknown option '{flag}' of mmalign {first}. {hint}")
     return parser.parse_args(typed)
-
-
-def _all_names(plugs: Sequence[Path]) -> list[str]:
-    return [name for kind in registry.KINDS for name in registry.entries(kind, plugs)]
 
 
 def _fail(screen: Screen, sentence: str, code: int, typed: Sequence[str]) -> int:

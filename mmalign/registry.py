@@ -84,8 +84,9 @@ def find(kind: str, name: str, plugs: Sequence[Path] = ()) -> Entry:
 
 def load(entry: Entry) -> ModuleType:
     """Import the file of an entry. A file that cannot be imported is an MmalignError that names the file and the cause."""
-    if entry.module in sys.modules:
-        return sys.modules[entry.module]
+    loaded = sys.modules.get(entry.module)
+    if loaded is not None and (entry.origin != "plug" or loaded.__file__ == str(entry.path)):
+        return loaded
     try:
         return _import_file(entry.module, entry.path) if entry.origin == "plug" else importlib.import_module(entry.module)
     except ModuleNotFoundError as error:
