@@ -1,0 +1,116 @@
+"""What a sampler and a trainer exchange: encoded prompts, the policy that was sampled from, and the record of what it decided.
+
+These stand left of the model families and of the trainers' mathematics, because both need them and neither may import the other.
+Shapes: B prompts, L prompt tokens, N image tokens, K denoising steps, S decisions (N or K), C h w latent channels and sides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Literal
+
+from mmalign.types import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+Kind = Literal["ar", "masked", "flow", "mar"]
+Which = Literal["cond", "guided", "guided_detach_uncond"]
+WHICH: tuple[Which, ...] = ("cond", "guided", "guided_detach_uncond")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The distribution that `sample` draws from and `log_prob` scores. Nothing else may bend it: no top-k, no top-p, no min-p.
+
+    `guidance` w mixes the conditional and unconditional predictions, u + w (c - u); 1 is the conditional model alone. `temperature`
+    divides the mixed logits. `noise_level` and `schedule` belong to families with denoising steps.
+    """
+
+    guidance: float = 5.0
+    temperature: float = 1.0
+    noise_level: float = 0.0
+    schedule: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance):
+            raise UsageError(f"The guidance must be a finite number; got {self.guidance}. 5 is usual, 1 turns it off.")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise UsageError(f"The temperature of a policy must be positive, or it has no log-probabilities; got {self.temperature}.")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts with their unconditional twins, padded the family's own way; masks are True at real tokens.
+
+    `embeds` holds what diffusion families compute from the text once (detached), each with B rows.
+    """
+
+    texts: tuple[str, ...]
+    ids: Tensor  # int [B, L]
+    mask: Tensor  # bool [B, L]
+    uncond_ids: Tensor  # int [B, Lu]
+    uncond_mask: Tensor  # bool [B, Lu]
+    embeds: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, rows: list[int]) -> Prompts:
+        """The prompts of these rows, in this order; a row may be repeated (a group of samples of one prompt)."""
+        tensors = {item.name: getattr(self, item.name)[rows] for item in fields(self) if item.name not in ("texts", "embeds")}
+        return Prompts(
+            texts=tuple(self.texts[row] for row in rows), embeds={name: value[rows] for name, value in self.embeds.items()}, **tensors
+        )
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Everything needed to score a sample again without drawing it again.
+
+    kind    actions                             step_of              times
+    ar      codes int [B, N]                    None (0 .. N-1)      None
+    masked  final codes int [B, N]              int [B, N]           None
+    flow    states after each step [B,K,C,h,w]  None                 sigma before and after [K, 2]
+    mar     token latents [B, N, C]             int [B, N]           inner denoising states
+
+    `log_prob` [B, S] float32 is the behaviour policy's, as the sampler saw it; ratios use `log_prob()` of the model instead, because
+    a cached sampling pass and a training forward differ in low precision.
+    """
+
+    kind: Kind
+    actions: Tensor
+    log_prob: Tensor
+    policy: Policy
+    seeds: tuple[int, ...]
+    states: Tensor | None = None
+    step_of: Tensor | None = None
+    times: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def select(self, rows: list[int]) -> Trajectory:
+        """The trajectories of these rows, in this order."""
+        changes = {name: value[rows] for name in ("actions", "log_prob", "states", "step_of") if (value := getattr(self, name)) is not None}
+        if self.kind == "mar" and self.times is not None:
+            changes["times"] = self.times[rows]
+        return replace(self, seeds=tuple(self.seeds[row] for row in rows), **changes)
+
+
+@dataclass(frozen=True)
+class TextTrajectory:
+    """Sampled texts: the decoded strings, their token ids [B, L] (right-padded), the mask of real tokens, log-probs [B, L].
+
+    The end token is part of the ids when the model wrote it; a text that hit the limit has none. Padding has log-probability 0.
+    """
+
+    texts: tuple[str, ...]
+    ids: Tensor
+    mask: Tensor
+    log_prob: Tensor
+    temperature: float
+    seeds: tuple[int, ...]
