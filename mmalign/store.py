@@ -52,7 +52,8 @@ def slug(name: str) -> str:
     """
     plain = name.replace("/", "--")
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip(".-")[:80]
-    return safe if safe == plain else f"{safe or 'unnamed'}-{digest(name)[:8]}"
+    is_reversible = safe == plain and plain.replace("--", "/") == name
+    return safe if safe and is_reversible else f"{safe or 'unnamed'}-{digest(name)[:8]}"
 
 
 def image_path(directory: Path, sha: str) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faults import commit, read_faults
+from fakes.faults import commit, read_faults
 
 from mmalign.types import MmalignError, Sample, Score, Value, digest
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faults import commit, read_faults
+from fakes.faults import commit, read_faults
 
 from mmalign.types import Failure, MmalignError, Request, Sample, digest
 
