@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mmalign.images import clip_pixels
 from mmalign.scorers._geneval_verdict import COLOURS, Detection
+from mmalign.scorers._weights import tokenizer
 from mmalign.scorers._whole import load_whole
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ class ColourClassifier:
     """A loaded CLIP with its ten-colour text classifiers, one per class name, made when first asked for."""
 
     def __init__(self, spec: str, device: str, dtype: str) -> None:
-        from transformers import AutoTokenizer, CLIPModel
+        from transformers import CLIPModel
 
         self.model = load_whole(CLIPModel, spec, device, dtype, "geneval.clip")
-        self.tokenizer = AutoTokenizer.from_pretrained(spec)
+        self.tokenizer = tokenizer(spec, "geneval.clip")
         self._classifiers: dict[str, torch.Tensor] = {}
 
     @cached_property
@@ -64,7 +65,7 @@ class ColourClassifier:
             features_BD = self.model.get_image_features(pixel_values=x_BCHW.to(parameter.device, parameter.dtype)).pooler_output
             logits_BC = 100 * functional.normalize(features_BD.float(), dim=-1) @ self._classifier(name)
         if not torch.isfinite(logits_BC).all():
-            raise FloatingPointError("CLIP's colour logits hold NaN or infinity")
+            raise FloatingPointError("The colour logits of CLIP hold NaN or infinity")
         return [COLOURS[index] for index in logits_BC.argmax(1).tolist()]
 
     def _classifier(self, name: str) -> torch.Tensor:

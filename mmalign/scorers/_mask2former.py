@@ -60,10 +60,13 @@ def objects(
     unpadded part, resized to the original image and only then thresholded at 0. Score: class probability times the mean sigmoid inside the
     mask. Box: tight around the mask, right and bottom exclusive; all zero for an empty mask.
     `floor` leaves out pairs whose class probability alone is below it: their score cannot exceed it, and their masks are the costly part.
+    FloatingPointError when a logit is NaN or infinite.
     """
     import torch
     from torch.nn import functional
 
+    if not (torch.isfinite(class_logits_QC).all() and torch.isfinite(mask_logits_Qhw).all()):
+        raise FloatingPointError("The detector's logits hold NaN or infinity")
     probabilities_QC = class_logits_QC.float().softmax(-1)[:, :-1]
     n_classes = probabilities_QC.shape[1]
     top_N, pairs_N = probabilities_QC.flatten().topk(min(CANDIDATES, probabilities_QC.numel()))
@@ -82,8 +85,6 @@ def objects(
         quality, mask_HW, box = found[pair // n_classes]
         score = float(probabilities_QC.flatten()[pair] * quality)
         result.append(Found(pair % n_classes, Detection(box, score, mask_HW.cpu().numpy())))
-    if not torch.isfinite(class_logits_QC).all():
-        raise FloatingPointError("the detector's class logits hold NaN or infinity")
     return result
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmalign.scorers._mask2former import MAY_LACK
+from mmalign.scorers._weights import fill, read_tensors, rename
 from mmalign.types import MmalignError
 
 if TYPE_CHECKING:
@@ -26,20 +29,19 @@ SWIN, PIXEL, DECODER = "model.pixel_level_module.encoder", "model.pixel_level_mo
 STAGE_IN, STAGE = "backbone.stages.*", f"{SWIN}.swin.encoder.layers.*"
 PIXEL_IN, LAYER_IN, LAYER = "panoptic_head.pixel_decoder", "panoptic_head.transformer_decoder.layers.*", f"{DECODER}.decoder.layers.*"
 
-RENAMES = {  # a star is a number, an at-sign the tensor's own name (weight, bias, in_proj_weight ...)
+RENAMES = {  # patterns of `_weights.rename`; the first that fits holds
     "backbone.patch_embed.projection.@": f"{SWIN}.swin.embeddings.patch_embeddings.projection.@",
     "backbone.patch_embed.norm.@": f"{SWIN}.swin.embeddings.norm.@",
     "backbone.norm0.@": f"{SWIN}.hidden_states_norms.stage1.@",
     "backbone.norm1.@": f"{SWIN}.hidden_states_norms.stage2.@",
     "backbone.norm2.@": f"{SWIN}.hidden_states_norms.stage3.@",
     "backbone.norm3.@": f"{SWIN}.hidden_states_norms.stage4.@",
-    f"{STAGE_IN}.downsample.norm.@": f"{STAGE}.downsample.norm.@",
-    f"{STAGE_IN}.downsample.reduction.@": f"{STAGE}.downsample.reduction.@",
+    f"{STAGE_IN}.downsample.@": f"{STAGE}.downsample.@",
     f"{STAGE_IN}.blocks.*.norm1.@": f"{STAGE}.blocks.*.layernorm_before.@",
     f"{STAGE_IN}.blocks.*.norm2.@": f"{STAGE}.blocks.*.layernorm_after.@",
-    f"{STAGE_IN}.blocks.*.attn.w_msa.@": f"{STAGE}.blocks.*.attention.relative_position_bias.@",
     f"{STAGE_IN}.blocks.*.attn.w_msa.qkv.@": f"{STAGE}.blocks.*.attention.?_proj.@",
     f"{STAGE_IN}.blocks.*.attn.w_msa.proj.@": f"{STAGE}.blocks.*.attention.o_proj.@",
+    f"{STAGE_IN}.blocks.*.attn.w_msa.@": f"{STAGE}.blocks.*.attention.relative_position_bias.@",
     f"{STAGE_IN}.blocks.*.ffn.layers.0.0.@": f"{STAGE}.blocks.*.mlp.fc1.@",
     f"{STAGE_IN}.blocks.*.ffn.layers.1.@": f"{STAGE}.blocks.*.mlp.fc2.@",
     f"{PIXEL_IN}.input_convs.*.conv.@": f"{PIXEL}.input_projections.*.0.@",
@@ -50,16 +52,12 @@ RENAMES = {  # a star is a number, an at-sign the tensor's own name (weight, bia
     f"{PIXEL_IN}.output_convs.0.gn.@": f"{PIXEL}.layer_1.1.@",
     f"{PIXEL_IN}.level_encoding.weight": f"{PIXEL}.level_embed",
     f"{PIXEL_IN}.mask_feature.@": f"{PIXEL}.mask_projection.@",
-    f"{PIXEL_IN}.encoder.layers.*.attentions.0.sampling_offsets.@": f"{PIXEL}.encoder.layers.*.self_attn.sampling_offsets.@",
-    f"{PIXEL_IN}.encoder.layers.*.attentions.0.attention_weights.@": f"{PIXEL}.encoder.layers.*.self_attn.attention_weights.@",
-    f"{PIXEL_IN}.encoder.layers.*.attentions.0.value_proj.@": f"{PIXEL}.encoder.layers.*.self_attn.value_proj.@",
-    f"{PIXEL_IN}.encoder.layers.*.attentions.0.output_proj.@": f"{PIXEL}.encoder.layers.*.self_attn.output_proj.@",
+    f"{PIXEL_IN}.encoder.layers.*.attentions.0.@": f"{PIXEL}.encoder.layers.*.self_attn.@",
     f"{PIXEL_IN}.encoder.layers.*.norms.0.@": f"{PIXEL}.encoder.layers.*.self_attn_layer_norm.@",
     f"{PIXEL_IN}.encoder.layers.*.norms.1.@": f"{PIXEL}.encoder.layers.*.final_layer_norm.@",
     f"{PIXEL_IN}.encoder.layers.*.ffns.0.layers.0.0.@": f"{PIXEL}.encoder.layers.*.fc1.@",
     f"{PIXEL_IN}.encoder.layers.*.ffns.0.layers.1.@": f"{PIXEL}.encoder.layers.*.fc2.@",
     f"{LAYER_IN}.attentions.0.attn.@": f"{LAYER}.cross_attn.@",
-    f"{LAYER_IN}.attentions.0.attn.out_proj.@": f"{LAYER}.cross_attn.out_proj.@",
     f"{LAYER_IN}.attentions.1.attn.in_proj_@": f"{LAYER}.self_attn.?_proj.@",
     f"{LAYER_IN}.attentions.1.attn.out_proj.@": f"{LAYER}.self_attn.out_proj.@",
     f"{LAYER_IN}.norms.0.@": f"{LAYER}.cross_attn_layer_norm.@",
@@ -86,38 +84,30 @@ def is_official(path: Path) -> bool:
 
 def load_checkpoint(path: Path, device: str, dtype: str) -> Any:
     """The transformers model of an mmdet 2.x Mask2Former (Swin) checkpoint file; nothing but tensors is unpickled."""
-    import pickle
-
     import torch
     from transformers import Mask2FormerForUniversalSegmentation
 
+    state = read_tensors(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content.get("state_dict", content)
-        config, converted = config_of(state), convert(state)
-    except (OSError, pickle.UnpicklingError, RuntimeError, AttributeError, KeyError) as error:
+        config = config_of(state)
+    except KeyError as error:
         raise MmalignError(
-            f"{path} is no mmdet 2.x Mask2Former checkpoint with a Swin backbone ({type(error).__name__}: {error}). "
-            f"Expected {OFFICIAL_FILE}."
+            f"{path} is no mmdet 2.x Mask2Former checkpoint with a Swin backbone: it lacks the tensor {error}. Expected {OFFICIAL_FILE}."
         ) from error
     model: Any = Mask2FormerForUniversalSegmentation(config)
-    problems = model.load_state_dict(converted, strict=False)
-    missing = [key for key in problems.missing_keys if "swin.layernorm." not in key and not key.startswith("criterion.")]
-    if missing or problems.unexpected_keys:
-        raise MmalignError(f"{path} does not fill the detector: missing {missing[:3]}, left over {problems.unexpected_keys[:3]}.")
+    unused = {key: tensor for key, tensor in model.state_dict().items() if any(part in key for part in MAY_LACK)}
+    fill(model, unused | convert(state, str(path)), str(path))
     return model.eval().to(device=device, dtype=getattr(torch, dtype))
 
 
-def convert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """mmdet's tensors under transformers' names; KeyError names a tensor that has no place."""
-    converted: dict[str, torch.Tensor] = {}
-    for key, tensor in state.items():
-        if not key.endswith("relative_position_index"):  # a constant that both compute
-            converted.update(_place(key, tensor))
-    return converted
+def convert(state: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """mmdet's tensors under transformers' names; MmalignError names a tensor that has no place."""
+    constants = "relative_position_index"  # both compute it
+    renamed = rename({key: tensor for key, tensor in state.items() if not key.endswith(constants)}, RENAMES, source)
+    return {key: _reorder(tensor) if ".downsample." in key else tensor for key, tensor in renamed.items()}
 
 
-def config_of(state: dict[str, torch.Tensor]) -> Any:
+def config_of(state: Mapping[str, torch.Tensor]) -> Any:
     """The architecture read from the tensors' names and shapes, as mmdet's own config file is not in the checkpoint's tensors."""
     import transformers
 
@@ -150,18 +140,6 @@ def config_of(state: dict[str, torch.Tensor]) -> Any:
         num_attention_heads=state[f"{pixel}.encoder.layers.0.attentions.0.sampling_offsets.weight"].shape[0] // (LEVELS * POINTS * 2),
         num_labels=n_classes,
     )
-
-
-def _place(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    for source, target in RENAMES.items():
-        match = re.fullmatch(re.escape(source).replace(r"\*", r"(\d+)").replace("@", r"(\w+)"), key)
-        if match:
-            for group in match.groups():
-                target = re.sub(r"[*@]", group, target, count=1)
-            if "?" in target:
-                return {target.replace("?", name): part for name, part in zip("qkv", tensor.chunk(3), strict=True)}
-            return {target: _reorder(tensor) if ".downsample." in target else tensor}
-    raise KeyError(f"the tensor {key} has no place in transformers' Mask2Former")
 
 
 def _reorder(tensor: torch.Tensor) -> torch.Tensor:

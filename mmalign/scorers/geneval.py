@@ -8,7 +8,6 @@ for it. Expected with the official one: SD 1.5 0.43, SD 2.1 0.50, SDXL 0.55 (mea
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,17 +92,21 @@ class GenEval:
     name = "geneval"
 
     def __init__(self, config: Config, detector: Any, colours: Any, official_detector: bool) -> None:
+        from mmalign.scorers._weights import fingerprint_tensors, fingerprint_tokenizer
+
         self.config, self.detector, self.colours = config, detector, colours
         self.deviations = _deviations(config, official_detector, colours.is_official)
         self.metric_name = "geneval" if official_detector else "geneval-hf"
         self.range = (0.0, 1.0) if config.rule != "soft" or config.clamp else (2.0 - config.max_objects, 1.0)
         settings = {key: value for key, value in asdict(config).items() if key not in ("detector", "clip", "batch_size")}
-        self.fingerprint = digest("geneval", VERSION, settings, fingerprint_tensors(detector), fingerprint_tensors(colours.model))
+        self.fingerprint = digest(
+            "geneval", VERSION, settings, fingerprint_tensors(detector, colours.model), fingerprint_tokenizer(colours.tokenizer)
+        )
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         """One value or failure per sample, in order."""
-        from mmalign.images import ImageError, check_image
         from mmalign.scorers._mask2former import detect
+        from mmalign.scorers._samples import image_of
 
         scores: dict[int, Score] = {}
         images: dict[int, Any] = {}
@@ -111,13 +114,10 @@ class GenEval:
             problem = check_metadata(sample.request.prompt.meta, CLASSES)
             if problem:
                 scores[index] = Failure("score", "error", f"Prompt {sample.request.prompt.id}: {problem}.")
-            elif sample.image is None:
-                scores[index] = Failure("score", "missing", f"Sample {sample.request.id} holds no image.")
+            elif isinstance(image := image_of(sample), Failure):
+                scores[index] = image
             else:
-                try:
-                    images[index] = check_image(sample.image)
-                except ImageError as error:
-                    scores[index] = Failure("score", "error", str(error))
+                images[index] = image
         floor = min(self.config.threshold, self.config.counting_threshold)
         found = detect(self.detector, list(images.values()), self.config.batch_size, floor, self.config.resolution)
         for index, objects in zip(images, found, strict=True):
@@ -159,19 +159,6 @@ def select(objects: Sequence[Any], tag: str, threshold: float, counting_threshol
         if chosen:
             kept[CLASSES[label]] = [group[index] for index in chosen]
     return kept
-
-
-def fingerprint_tensors(model: Any, n_values: int = 1024) -> str:
-    """A digest of a network's tensor names, shapes and spread-out values: other weights, another digest, wherever they came from."""
-    import torch
-
-    seen = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        step = max(1, len(flat) // n_values)
-        values = flat[::step].to("cpu", torch.float32).numpy().tobytes()
-        seen.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode() + values)
-    return seen.hexdigest()[:32]
 
 
 def _deviations(config: Config, official_detector: bool, official_clip: bool) -> tuple[Deviation, ...]:
