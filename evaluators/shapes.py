@@ -31,7 +31,9 @@ class Evaluator:
         """Strict rate: the mean over kinds of the share of images that are right in everything; the mean share of facts beside it."""
         kinds = sorted({row.tag for row in rows})
         by_kind = {kind: [row.value("shapes").parts["strict"] for row in rows if row.tag == kind] for kind in kinds}
-        halves = {half: [row.value("shapes").parts["strict"] for row in rows if half in row.request.prompt.tags] for half in ("seen", "novel")}
+        halves = {
+            half: [row.value("shapes").parts["strict"] for row in rows if half in row.request.prompt.tags] for half in ("seen", "novel")
+        }
         return {
             "strict": fmean(map(fmean, by_kind.values())) if rows else None,
             "share": fmean(row.value("shapes").parts["share"] for row in rows) if rows else None,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign import __version__, registry
-from mmalign.options import Parser, add_run_options
+from mmalign.options import Parser, add_evaluation_options, add_run_options
 from mmalign.screen import Screen, Show, columns
 from mmalign.types import MmalignError, UsageError
 
@@ -208,6 +208,50 @@ def verb_eval(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def verb_train(parser: argparse.ArgumentParser) -> Run:
+    """Train a checkpoint with a method and a reward, or continue where the run stopped; --then-eval measures it beside its base.
+
+    Every option of the trainer is a flag (--learning-rate 1e-5, --steps 200, --attribution fast_shap); --show-config lists them.
+    The same line under `torchrun --nproc-per-node N -m mmalign` trains on N processes.
+    """
+    parser.add_argument("trainer", metavar="TRAINER", help="a method, as `mmalign ls trainers` lists them")
+    what = parser.add_argument_group("what")
+    what.add_argument(
+        "--model", required=True, metavar="MODEL", help="the checkpoint to start from: a bundled name, PATH, FAMILY:PATH or hub id"
+    )
+    what.add_argument("--reward", metavar="NAME=W[,NAME=W]", help="scorers and their weights (default: the recipe's, or the paper's)")
+    what.add_argument("--prompts", metavar="SUITE|FILE", help="a suite's train split, a .txt file, or a .jsonl file")
+    what.add_argument("--panel", metavar="SUITE", help="measured on held-out prompts every --panel-every steps")
+    what.add_argument("--config", type=Path, metavar="FILE", help="a recipe (YAML); flags win over it")
+    what.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's folder (default: runs/<name from all choices>)")
+    what.add_argument("--then-eval", metavar="SUITE[,SUITE]", help="evaluate the trained checkpoint and its base, and compare them")
+    what.add_argument("--show-config", action="store_true", help="print every option with the value in force, and stop")
+    add_evaluation_options(parser, what)
+    parser.set_defaults(takes_rest=True)
+
+    def run(options: argparse.Namespace, screen: Screen) -> int:
+        from mmalign import config, training
+
+        job = training.training(options)
+        if options.show_config:
+            screen.say(config.dump_yaml(training.described(job)).rstrip())
+            screen.give(training.described(job))
+            return COMPLETE
+        screen.say(f"{job.trainer.name} on {job.spec.name}: reward {_weights(job.reward)}, prompts {job.source}, run {job.run}")
+        if job.recipe:
+            screen.say(f"  recipe    {job.recipe}")
+        try:
+            folder = training.train(job, screen.say)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"Stopped. The last state is in {job.run / 'state'}. Continue: {options.command}") from None
+        screen.say(f"  trained   {folder}")
+        found = training.compare(job, options, screen.say) if options.then_eval and training.is_first_process() else []
+        screen.give({"run": job.run, "checkpoint": folder, "evaluations": found})
+        return COMPLETE if all(item["is_complete"] for item in found) else INCOMPLETE
+
+    return run
+
+
 def verb_report(parser: argparse.ArgumentParser) -> Run:
     """Static HTML of one or more runs: headline table, figures, galleries and comparisons. It opens from disk."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, a result's JSON file, or a folder of runs")
@@ -300,6 +344,10 @@ def _say_result(result: Result, directory: Path, screen: Screen) -> None:
         screen.say(f"  inspect   {directory / 'index.html'}#failed")
 
 
+def _weights(reward: Any) -> str:
+    return " + ".join(f"{weight:g} {name}" for name, weight in reward.items()) or "the model's own"
+
+
 def _saved(stages: dict[str, Progress], job: Job, directory: Path, command: str) -> str:
     """What Ctrl-C says: everything that was reported done is on disk."""
     parts = [
@@ -340,6 +388,10 @@ def _parse(typed: list[str]) -> argparse.Namespace:
     if first is not None and first not in verbs and typed[0] == first:
         raise UsageError(f"Unknown verb '{first}'{registry.suggest(first, verbs)}")
     if first in verbs:
+        if subparsers.choices[first].get_default("takes_rest"):
+            options, rest = parser.parse_known_args(typed)
+            options.rest = rest
+            return options
         known = list(subparsers.choices[first]._option_string_actions)
         for word in typed:
             flag = word.partition("=")[0]

@@ -33,6 +33,10 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def start(timeout_minutes: float = 30) -> None:
     """Joins the process group when torchrun started this process. The timeout is finite: a lost peer ends the run with a message."""
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
@@ -93,15 +97,23 @@ def share(items: list, what: str = "prompts") -> list:
     return items[rank() * size : (rank() + 1) * size]
 
 
-def shard(units: Iterable[nn.Module]) -> None:
-    """FSDP2 over the given modules, inner ones first. Every module that is called directly must be one of them, because FSDP2
-    gathers a module's parameters in its own forward."""
+def shard(units: Iterable[nn.Module]) -> list[nn.Module]:
+    """FSDP2 over the given modules, inner ones first; returns them (none in one process). Every module that is called directly must be
+    one of them, because FSDP2 gathers a module's parameters in its own forward."""
     if world() == 1:
-        return
+        return []
     from torch.distributed.fsdp import fully_shard
 
-    for unit in units:
-        fully_shard(unit)
+    return [fully_shard(unit) for unit in units]
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer whole, on the CPU of the first process; all processes must call it."""
+    if world() == 1:
+        return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
@@ -135,8 +147,8 @@ def load_state(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     manifest = json.loads((folder / MANIFEST).read_text())
     if manifest["tensors"] != len(tensors):
         raise MmalignError(
-            f"The training state in {folder} holds {manifest['tensors']} tensors, this run has {len(tensors)}: its model, LoRA or EMA options "
-            "differ. Use the options it was started with, or another --run folder."
+            f"The training state in {folder} holds {manifest['tensors']} tensors, this run has {len(tensors)}: its model, LoRA or EMA "
+            "options differ. Use the options it was started with, or another --run folder."
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -111,7 +111,7 @@ class Loss:
 def surrogate(
     log_prob: Float[Tensor, "B S"],
     old: Float[Tensor, "B S"],
-    advantage: Float[Tensor, "B"] | Float[Tensor, "B S"],
+    advantage: Float[Tensor, " B"] | Float[Tensor, "B S"],
     mask: Bool[Tensor, "B S"],
     objective: Objective,
     reference: Float[Tensor, "B S"] | None = None,
@@ -172,12 +172,17 @@ def kl(log_prob: Float[Tensor, "B S"], reference: Float[Tensor, "B S"], form: KL
             return d.exp() - d - 1
 
 
-def token_weights(map_BN: Float[Tensor, "B N"], strength: float, unit_mean: bool = False) -> Float[Tensor, "B N"]:
-    """Dense-reward credit w = 1 + lambda m (dense-reward eq. 12-14), m in [0, 1].
-
-    lambda < 0 suits maps of what is wrong. With `unit_mean` the weights are divided by their mean, which the paper's text implies and
-    its formula does not do: without it the step on image tokens grows by 1 + lambda mean(m). For lambda m > -1 all weights are
-    positive, so the sign and the order of the advantages stay.
-    """
-    weight = 1 + strength * map_BN
-    return weight / weight.mean(1, keepdim=True) if unit_mean else weight
+def sequence_probability(
+    log_prob_BL: Float[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"], mean: Literal["geometric", "product", "arithmetic"] = "geometric"
+) -> Float[Tensor, " B"]:
+    """One number in [0, 1] for a text's token probabilities. `geometric` is GvU's eq. 5, exp of the mean log-probability, which keeps
+    long texts comparable with short ones; `product` and `arithmetic` are its controls. An empty text has no probability: NaN."""
+    count = mask_BL.sum(-1)
+    match mean:
+        case "geometric":
+            value = ((log_prob_BL * mask_BL).sum(-1) / count).exp()
+        case "product":
+            value = (log_prob_BL * mask_BL).sum(-1).exp()
+        case "arithmetic":
+            value = (log_prob_BL.exp() * mask_BL).sum(-1) / count
+    return torch.where(count > 0, value, torch.nan)

@@ -26,6 +26,9 @@ BLOCK, BLOCKS = 64 * 1024, 1024  # of a larger file: bytes of a block, blocks sp
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+TRAINING_FILE = "training.json"
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A resolved model: the name for results, its family, its folder, its hub revision ("" for a folder) and how it was found."""
@@ -160,7 +163,14 @@ def _download(identity: str, revision: str | None) -> Path:
 
 
 def _name(path: Path) -> str:
-    return path.resolve().name or "root"
+    """The run's name for a checkpoint that was trained here, else the folder's."""
+    return str(training_facts(path).get("name") or path.resolve().name)
+
+
+def training_facts(path: Path) -> dict[str, Any]:
+    """What `mmalign train` wrote beside a checkpoint it trained ({} for any other): name, trainer, base, rewards."""
+    file = path / TRAINING_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _unknown(spec: str, path: Path, plugs: Sequence[Path]) -> str:

@@ -25,6 +25,8 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     suites = [registry.find("evaluators", name, options.plug) for name in names(options.suite)]
     spec, model = model_recipe(options, sets)
     facts = {"family": spec.family, "source": options.model, "revision": spec.revision, "dtype": model.arguments["dtype"]}
+    trained = hub.training_facts(spec.path)
+    facts |= {name: trained[name] for name in ("trained_on_rewards", "trainer", "steps") if name in trained}
     made = []
     for entry in suites:
         evaluator, rest = _evaluator(entry, sets)

@@ -47,25 +47,31 @@ class LoopConfig:
     gradient_checkpointing: bool = False
     save_every: int = 50
     panel_every: int = 0  # steps between measurements on held-out prompts; 0: never
-    max_failures: float = 0.25  # stop above this share of samples without a reward
+    parts: tuple[str, ...] = ("language", "text_head")  # which of the model's trainable parts learn; the rest is frozen
 
 
 class Loop:
     """One training run in one folder. Trainers use `steps`, `draw`, `backward`, `update`, `reference`, `log`."""
 
     def __init__(
-        self, config: LoopConfig, model: Any, run: Path, panel: Callable[[], dict[str, float]] | None = None, quiet: bool = True
+        self,
+        config: LoopConfig,
+        model: Any,
+        run: Path,
+        panel: Callable[[], dict[str, float]] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        self.config, self.model, self.run, self.panel, self.quiet = config, model, run, panel, quiet
-        self.step, self._figures, self._seconds, self._panels = 0, {}, {}, []  # type: ignore[var-annotated]
+        self.config, self.model, self.run, self.panel, self.say = config, model, run, panel, say
+        self.step = 0
+        self._figures: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        _choose_parts(model, config.parts)
         if config.lora_rank:
             _add_lora(model, config)
         if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        distributed.shard(model.shard_units())
-        self.parameters = {name: parameter for name, parameter in model.module.named_parameters() if parameter.requires_grad}
-        if not self.parameters:
-            raise UsageError("Nothing is trainable: the model has no parameter that requires a gradient under these options.")
+            model.net.gradient_checkpointing_enable({"use_reentrant": False})
+        self.sharded = distributed.shard(model.shard_units())
+        self.parameters = {name: parameter for name, parameter in model.net.named_parameters() if parameter.requires_grad}
         self._base = {} if config.lora_rank else {name: value.detach().clone() for name, value in self.parameters.items()}
         self._average = {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema else {}
         self.optimizer = torch.optim.AdamW(
@@ -140,14 +146,26 @@ class Loop:
         self.log(grad_norm=norm, learning_rate=self.optimizer.param_groups[0]["lr"])
 
     @contextmanager
+    def rollout(self) -> Iterator[None]:
+        """Inside, weights are whole on every process (samplers read them directly) and nothing records gradients."""
+        for unit in self.sharded:
+            unit.unshard()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for unit in self.sharded:
+                unit.reshard()
+
+    @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the model is the one that training started from: LoRA switched off, or the first weights put in place."""
         if self.config.lora_rank:
-            _switch_lora(self.model.module, enabled=False)
+            _switch_lora(self.model.net, enabled=False)
             try:
                 yield
             finally:
-                _switch_lora(self.model.module, enabled=True)
+                _switch_lora(self.model.net, enabled=True)
             return
         with _swapped(self.parameters, self._base):
             yield
@@ -179,6 +197,21 @@ class Loop:
             folder = self.run / "samples"
             folder.mkdir(exist_ok=True)
             (folder / f"step-{self.step:06d}.png").write_bytes(encode_png(np.concatenate(rows, axis=0)))
+
+    def export(self, folder: Path) -> None:
+        """Writes the trained checkpoint (averaged when there is an average, LoRA merged) in the family's official layout; every process
+        takes part, the first one writes: aside first, then renamed."""
+        with self.averaged(), _merged_lora(self.model.net, self.config):
+            state = distributed.whole_state(self.model.net)
+        if distributed.rank() == 0:
+            import shutil
+
+            aside = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            self.model.save(aside, {_plain_name(name): value for name, value in state.items() if "lora_" not in name})
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(aside, folder)
+        distributed.barrier()
 
     # -- state ------------------------------------------------------------------------------------------------------------------
 
@@ -224,16 +257,15 @@ class Loop:
             line = {"step": self.step, **self._figures, **{f"seconds/{name}": round(value, 4) for name, value in self._seconds.items()}}
             with (self.run / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            if not self.quiet:
-                shown = {key: round(value, 4) for key, value in line.items() if not key.startswith("seconds/") or key == "seconds/step"}
-                print(" ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+            if self.say:
+                names = ("reward", "spread", "kl", "grad_norm", *(key for key in line if key in ("panel/strict",)), "seconds/step")
+                self.say(f"step {self.step:5d}  " + "  ".join(f"{name} {line[name]:.4g}" for name in names if name in line))
         self._figures, self._seconds = {}, {}
 
     def _measure_panel(self) -> None:
         assert self.panel is not None
         with self.timer("panel"), self.averaged():
             figures = self.panel()
-        self._panels.append(figures)
         self.log(**{f"panel/{name}": value for name, value in figures.items()})
 
 
@@ -301,19 +333,27 @@ def _swapped(parameters: dict[str, nn.Parameter], others: dict[str, Tensor]) -> 
                 parameters[name].copy_(value)
 
 
+def _choose_parts(model: Any, parts: Sequence[str]) -> None:
+    """Freezes everything but the named parts."""
+    unknown = sorted(set(parts) - set(model.trainable))
+    if unknown or not parts:
+        raise UsageError(f"{model.family} has no trainable part '{', '.join(unknown)}'; its parts are {', '.join(model.trainable)}.")
+    model.net.requires_grad_(False)
+    for part in parts:
+        model.trainable[part].requires_grad_(True)
+
+
 def _add_lora(model: Any, config: LoopConfig) -> None:
     """LoRA on the linear layers that were trainable; everything else freezes. The adapters start at zero effect, seeded."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = [
-        name for name, layer in model.module.named_modules() if isinstance(layer, nn.Linear) and layer.weight.requires_grad
-    ]
+    linear = [name for name, layer in model.net.named_modules() if isinstance(layer, nn.Linear) and layer.weight.requires_grad]
     if not linear:
         raise UsageError("LoRA needs trainable linear layers; this model offers none under these options.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=linear), model.module)
-    for name, parameter in model.module.named_parameters():
+        inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=linear), model.net)
+    for name, parameter in model.net.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
 
@@ -323,3 +363,25 @@ def _switch_lora(module: nn.Module, enabled: bool) -> None:
     for layer in module.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.enable_adapters(enabled)
+
+
+@contextmanager
+def _merged_lora(module: nn.Module, config: LoopConfig) -> Iterator[None]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)] if config.lora_rank else []
+    kept = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.unmerge()
+            with torch.no_grad():  # subtracting what was added leaves rounding behind
+                layer.get_base_layer().weight.copy_(weight)
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what LoRA wrapped around it."""
+    return name.replace(".base_layer.", ".")

@@ -14,6 +14,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what")
     what.add_argument("--model", required=True, metavar="MODEL", help="a bundled name, PATH, FAMILY:PATH or hub id")
     what.add_argument("--suite", required=True, metavar="NAME[,NAME]", help="suites, separated by commas")
+    add_evaluation_options(parser, what)
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser, what: Any) -> None:
+    """How suites are run, whichever verb runs them."""
     what.add_argument("--split", default="test", help="split of the suite (default: %(default)s)")
     what.add_argument("--limit", type=_positive, metavar="N", help="only N prompts, from all groups; the result is marked partial")
     what.add_argument("--images-per-prompt", type=_positive, metavar="N", help="default: as the card says")

@@ -27,12 +27,14 @@ class RewardBatch:
     """What a reward said of B samples.
 
     `total` [B] float64 is the weighted sum of the clipped parts, NaN where any part failed; `ok` [B] bool is where it is a number.
-    `parts` {scorer: [B] float64} are the scorers' own values, unweighted and unclipped, NaN where that scorer failed. `scores` are the
-    scorers' full answers (heat maps, components, failures); `failures` counts samples without a total by "scorer/kind", first hole each.
+    `parts` {scorer: [B] float64} are the scorers' own values, unweighted and unclipped, NaN where that scorer failed; `clipped` are the
+    same within the reward's clips. `scores` are the scorers' full answers (heat maps, components, failures); `failures` counts samples
+    without a total by "scorer/kind", first hole each.
     """
 
     total: np.ndarray
     parts: Mapping[str, np.ndarray]
+    clipped: Mapping[str, np.ndarray]
     ok: np.ndarray
     weights: Mapping[str, float]
     scores: Mapping[str, Sequence[Score]]
@@ -68,15 +70,13 @@ class Reward:
 
         scores = {name: _score_all(scorer, samples) for name, scorer in self.scorers.items()}
         parts = {name: np.array([score.x if isinstance(score, Value) else math.nan for score in column]) for name, column in scores.items()}
-        total = np.zeros(len(samples))
-        for name, values in parts.items():
-            low, high = self.clip.get(name, (-math.inf, math.inf))
-            total += self.weights[name] * np.clip(values, low, high)
+        clipped = {name: np.clip(values, *self.clip.get(name, (-math.inf, math.inf))) for name, values in parts.items()}
+        total = sum((self.weights[name] * values for name, values in clipped.items()), np.zeros(len(samples)))
         ok = ~np.isnan(total)
         holes = [next((name, score) for name in scores if isinstance(score := scores[name][at], Failure)) for at in np.flatnonzero(~ok)]
         if len(holes) > self.max_failures * len(samples):
             raise _too_many(holes, len(samples), self.max_failures)
-        return RewardBatch(total, parts, ok, dict(self.weights), scores, dict(Counter(f"{name}/{hole.kind}" for name, hole in holes)))
+        return RewardBatch(total, parts, clipped, ok, dict(self.weights), scores, dict(Counter(f"{name}/{hole.kind}" for name, hole in holes)))
 
 
 def parse_weights(text: str) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""Training methods: a file is a method."""
+"""One file per training method; private files hold what methods of one family share."""

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in arguments.names:
         recipe = importlib.import_module(f"mmalign.testbed.build_{name}")
         recipe.build(arguments.out / f"tiny-{name}", arguments.work / name)
-        print(f"tiny-{name} written to {arguments.out / f'tiny-{name}'}")
+        print(f"tiny-{name} written to {arguments.out / f'tiny-{name}'}")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Recipe:
     layers: int = 4
     vq_steps: int = 1500
     vq_batch: int = 32
-    steps: int = 4000
+    steps: int = 3000
     batch: int = 48
     wrong: float = 0.35
     planned: float = 0.3

@@ -4,8 +4,9 @@ For a template with coverage a and a cell with pixels y (background subtracted),
 error left is |y|^2 - |a.y|^2 / a.a. The least error over all templates names shape, size and offset; the nearest palette entry names
 the colour. Everything is one matrix product, so a training batch costs about a millisecond per hundred pictures.
 
-Decoded pictures have soft edges, so every template is tried sharp and at two blurs. A cell counts as empty while it holds less than a third of the smallest thing's energy, and as
-unclear (a thing that is there but is no thing of this world) when a third of its energy is left unexplained or its colour is far off.
+Decoded pictures have soft edges, so every template is tried sharp and at two blurs. A cell counts as empty while it holds less than
+a third of the smallest thing's energy, and as unclear (a thing that is there but is no thing of this world) when a third of its
+energy is left unexplained or its colour is far off.
 
 Legend: B pictures, K the nine cells, T templates, P the 100 pixels of a cell, C channels.
 """

@@ -51,7 +51,9 @@ def fit(
         seconds = spent + time.monotonic() - begun
         if step % 50 == 0 or step + 1 == steps:
             with log_file.open("a") as log:
-                log.write(json.dumps({"step": step, "loss": round(float(loss.detach()), 5), **figures, "seconds": round(seconds, 1)}) + "\n")
+                log.write(
+                    json.dumps({"step": step, "loss": round(float(loss.detach()), 5), **figures, "seconds": round(seconds, 1)}) + "\n"
+                )
         if (step + 1) % save_every == 0 or step + 1 == steps:
             state = {key: module.state_dict() for key, module in modules.items()}
             aside = state_file.with_suffix(".tmp")

@@ -1,0 +1,296 @@
+"""From what was typed to a training run: a trainer's config, a model, a reward, prompts, one folder; then the checkpoint it leaves.
+
+A run's folder holds `run.json` (everything that was chosen), `metrics.jsonl`, `samples/`, `state/` (to continue from) and, at the end,
+`model/`: the trained checkpoint in its family's official layout with `training.json`, which says what it was rewarded for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mmalign import config, hub, jobs, registry
+from mmalign.store import slug
+from mmalign.types import Prompt, Request, Row, Sample, UsageError, Value, digest, request_seed
+from mmalign.worker import Recipe
+
+PANEL_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run, decided and checked as far as that is possible without loading weights."""
+
+    trainer: registry.Entry
+    config: Any
+    spec: hub.ModelSpec
+    model: Recipe
+    reward: Mapping[str, float]
+    sets: Mapping[str, Mapping[str, str]]  # options of scorers and suites, by name
+    source: str  # where the prompts come from
+    panel: str  # suite measured on held-out prompts during training; empty: none
+    run: Path
+    recipe: Path | None
+    plugs: Sequence[Path]
+    device: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the trained checkpoint goes."""
+        return self.run / "model"
+
+
+def training(options: argparse.Namespace) -> Training:
+    """Flags over --config over the recipe that ships for this trainer and model over the paper's defaults."""
+    entry = registry.find("trainers", options.trainer, options.plug)
+    module = registry.load(entry)
+    sets = config.parse_sets(options.set)
+    spec, model = jobs.model_recipe(options, sets)
+    recipe = options.config or bundled_recipe(entry, spec)
+    chosen = dict(config.load_yaml(recipe) or {}) if recipe else {}
+    common = {name: chosen.pop(name, None) for name in ("reward", "prompts", "panel")}
+    typed = {**flags(options.rest), **sets.pop(entry.name, {})}
+    made = config.build(module.Config, {**chosen, **typed}, entry.name)
+    text = options.reward or common["reward"] or module.REWARD
+    from mmalign.reward import parse_weights
+
+    source = options.prompts or common["prompts"]
+    if not source:
+        raise UsageError(
+            f"`mmalign train {entry.name}` needs prompts: --prompts SUITE (its train split) or --prompts FILE (.txt, a line each, or .jsonl)."
+        )
+    name = f"{spec.name}-{entry.name}-{digest(config.plain(made), text, source, str(spec.path))[:8]}"
+    return Training(
+        trainer=entry,
+        config=made,
+        spec=spec,
+        model=model,
+        reward=parse_weights(text) if text else {},
+        sets=sets,
+        source=source,
+        panel=options.panel or common["panel"] or "",
+        run=options.run_dir or Path("runs") / slug(name),
+        recipe=recipe,
+        plugs=tuple(options.plug),
+        device=jobs.devices(options.device)[0],
+    )
+
+
+def bundled_recipe(entry: registry.Entry, spec: hub.ModelSpec) -> Path | None:
+    """trainers/recipes/<trainer>.<model>.yaml, for a bundled checkpoint that has one."""
+    file = entry.path.parent / "recipes" / f"{entry.name}.{spec.name}.yaml"
+    return file if file.is_file() else None
+
+
+def flags(rest: Sequence[str]) -> dict[str, str]:
+    """The trainer's own options as typed: --learning-rate 1e-5, --beta=0, --no-reasoning."""
+    found: dict[str, str] = {}
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UsageError(f"'{word}' is not an option. A trainer's options are --NAME VALUE, as --show-config lists them.")
+        name, equals, value = word[2:].partition("=")
+        if not equals and name.startswith("no-") and (not words or words[0].startswith("--")):
+            name, value = name[3:], "false"
+        elif not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        found[name.replace("-", "_")] = value
+    return found
+
+
+def described(job: Training) -> dict[str, Any]:
+    """Everything that was chosen, as run.json keeps it and --show-config prints it."""
+    return {
+        "trainer": job.trainer.name,
+        "model": {"name": job.spec.name, "family": job.spec.family, "path": str(job.spec.path)},
+        "reward": dict(job.reward),
+        "prompts": job.source,
+        "panel": job.panel,
+        "recipe": str(job.recipe) if job.recipe else None,
+        "config": config.plain(job.config),
+        "options": {root: dict(values) for root, values in job.sets.items()},
+    }
+
+
+def train(job: Training, say: Callable[[str], None]) -> Path:
+    """Runs or continues the training; returns the folder of the trained checkpoint. Under torchrun every process calls this."""
+    from mmalign import distributed
+    from mmalign.loop import Loop, hacking_note, read_metrics
+    from mmalign.reward import load_reward
+
+    distributed.start()
+    write_run(job)
+    module = registry.load(job.trainer)
+    model = load_model(job)
+    prompts = read_prompts(job.source, job.plugs, job.sets)
+    reward = load_reward(job.reward, overrides=job.sets, device=job.device, plugs=job.plugs) if job.reward else None
+    panel = Panel(job, model, reward) if job.panel and job.config.panel_every else None
+    loop = Loop(job.config, model, job.run, panel, say if distributed.rank() == 0 else None)
+    if loop.step:
+        say(f"continues after step {loop.step} of {job.config.steps}")
+    module.train(job.config, model, reward, prompts, loop)
+    loop.export(job.folder)
+    if distributed.rank() == 0:
+        trained_on = sorted(job.reward) if module.REWARD is not None else ["self_understanding"]
+        note = hacking_note(read_metrics(job.run))
+        facts = {"name": job.run.name, **described(job), "trained_on_rewards": trained_on, "steps": loop.step, "note": note}
+        (job.folder / hub.TRAINING_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+        if note:
+            say(f"warning   {note}")
+    distributed.stop()
+    return job.folder
+
+
+def write_run(job: Training) -> None:
+    """Keeps the run's choices; a folder that holds another run is refused, never mixed."""
+    from mmalign import distributed
+
+    file, facts = job.run / "run.json", described(job)
+    if file.exists():
+        kept = json.loads(file.read_text())
+        differing = [name for name in facts if json.loads(json.dumps(facts[name], default=str)) != kept.get(name)]
+        if differing:
+            raise UsageError(
+                f"{job.run} holds a run with another {', '.join(differing)}. Continue it with its own command, or choose another --run-dir."
+            )
+    elif distributed.rank() == 0:
+        job.run.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(facts, indent=1, default=str) + "\n")
+
+
+def load_model(job: Training) -> Any:
+    """The model to train, in full precision on this process's device."""
+    from mmalign import distributed
+
+    device = job.device if distributed.world() == 1 or job.device == "cpu" else f"cuda:{distributed.local_rank()}"
+    model = registry.load(job.model.entry).load(**{**job.model.arguments, "dtype": "float32"}, device=device)
+    missing = {"image", "train"} - set(model.capabilities)
+    if missing:
+        raise UsageError(f"{model.name} ({model.family}) cannot be trained by {job.trainer.name}: it lacks {', '.join(sorted(missing))}.")
+    return model
+
+
+def read_prompts(source: str, plugs: Sequence[Path], sets: Mapping[str, Mapping[str, str]]) -> list[Prompt]:
+    """Prompts of a suite's train split, of a .txt file (one a line) or of a .jsonl file (text or prompt, and what scorers need as meta)."""
+    path = Path(source)
+    if path.suffix in (".txt", ".jsonl", ".json") or path.is_file():
+        return prompts_of_file(path)
+    entry = registry.find("evaluators", source, plugs)
+    evaluator = registry.load(entry).Evaluator
+    known = {item.name for item in fields(evaluator)}
+    chosen = {name: value for name, value in {"per_kind": "64", **sets.get(entry.name, {})}.items() if name in known}
+    return config.build(evaluator, chosen, entry.name).prompts("train")
+
+
+def prompts_of_file(path: Path) -> list[Prompt]:
+    if not path.is_file():
+        raise UsageError(f"There is no prompt file {path}. Give a suite's name, a .txt file with a prompt a line, or a .jsonl file.")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        if path.suffix == ".txt":
+            prompts.append(Prompt(f"{number:06d}", line.strip()))
+            continue
+        try:
+            row = json.loads(line)
+            text = row.pop("text", None) or row.pop("prompt")
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise UsageError(
+                f"{path}, line {number}: expected a JSON object with 'text' or 'prompt', got {line[:80]!r} ({error})."
+            ) from error
+        prompts.append(Prompt(str(row.pop("id", f"{number:06d}")), text, tuple(row.pop("tags", ())), row.pop("meta", row)))
+    if not prompts:
+        raise UsageError(f"{path} holds no prompt.")
+    return prompts
+
+
+class Panel:
+    """Measures on held-out prompts while the training runs: the suite's metrics and every reward, on the same pictures each time."""
+
+    def __init__(self, job: Training, model: Any, reward: Any) -> None:
+        from mmalign.reward import load_scorer
+
+        entry = registry.find("evaluators", job.panel, job.plugs)
+        self.evaluator = registry.load(entry).Evaluator()
+        found = self.evaluator.prompts("val")
+        self.prompts = found[:: max(1, len(found) // PANEL_PROMPTS)][:PANEL_PROMPTS]
+        self.model, self.reward = model, reward
+        self.scorers = {name: load_scorer(name, job.sets.get(name, {}), job.device, job.plugs) for name in self.evaluator.scorers}
+        self.requests = [
+            Request(prompt, 0, request_seed(job.config.seed, prompt.id, 0), None, dict(model.settings)) for prompt in self.prompts
+        ]
+
+    def __call__(self) -> dict[str, float]:
+        from mmalign import distributed
+
+        rank, world = distributed.rank(), distributed.world()
+        samples = self.model.generate(self.requests[rank::world])
+        rows = []
+        for request, sample in zip(self.requests[rank::world], samples, strict=True):
+            if isinstance(sample, Sample):
+                rows.append(Row(request, sample, {name: scorer.score([sample])[0] for name, scorer in self.scorers.items()}))
+        gathered = distributed.gather([Row(row.request, Sample(row.request), row.scores) for row in rows])
+        usable = [row for row in gathered if all(isinstance(score, Value) for score in row.scores.values())]
+        usable.sort(key=lambda row: row.request.id)
+        return {name: value for name, value in self.evaluator.aggregate(usable).items() if value is not None}
+
+
+def is_first_process() -> bool:
+    """Whether this process evaluates and reports (torchrun's rank 0, or the only one)."""
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def compare(job: Training, options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Evaluates base and trained checkpoint on the suites of --then-eval, and states the paired difference of each headline."""
+    from mmalign import evaluate, report, results, stats
+
+    found = []
+    options = argparse.Namespace(**{**vars(options), "suite": options.then_eval, "set": evaluation_sets(job, options)})
+    executor = jobs.executor(options)
+    base = jobs.jobs(argparse.Namespace(**{**vars(options), "model": options.model}))
+    trained = jobs.jobs(argparse.Namespace(**{**vars(options), "model": str(job.folder)}))
+    for pair in zip(base, trained, strict=True):
+        made = [evaluate.evaluate(one, executor, options.results, batch=options.batch_size, command=options.command) for one in pair]
+        files = [
+            results.json_path(evaluate.run_directory(options.results, one), result.run) for one, result in zip(pair, made, strict=True)
+        ]
+        rows = [results.read_rows(results.rows_path(file)) for file in files]
+        headline = made[0].headline
+        gain = stats.paired_difference(rows[1], rows[0], pair[0].evaluator.aggregate, headline)
+        for name, result in zip(("base", "trained"), made, strict=True):
+            overlap = results.reward_overlap(result)
+            say(f"  {name:<9} {results.paste_line(result)}" + (f"  (training reward: {', '.join(overlap)})" if overlap else ""))
+        if gain.value is not None and gain.ci is not None:
+            say(f"  gain      {headline} {gain.value:+.3f} [{gain.ci[0]:+.3f}, {gain.ci[1]:+.3f}] on {gain.prompts} shared prompts")
+        page = report.write_report(files, job.run / f"report-{pair[0].suite}")
+        say(f"  report    {page}")
+        found.append(
+            {
+                "suite": pair[0].suite,
+                "headline": headline,
+                "base": {"run": made[0].run, "value": made[0].metrics[headline].value},
+                "trained": {"run": made[1].run, "value": made[1].metrics[headline].value},
+                "gain": gain.value,
+                "ci": gain.ci,
+                "report": page,
+                "is_complete": all(results.is_complete(result) for result in made),
+            }
+        )
+    return found
+
+
+def evaluation_sets(job: Training, options: argparse.Namespace) -> list[str]:
+    """The --set items that suites and their scorers understand; those of the trainer and of rewards stay behind."""
+    suites = [registry.find("evaluators", name, options.plug) for name in jobs.names(options.then_eval)]
+    from mmalign.doctor import scorers_of
+
+    known = {"sampling", *(entry.name for entry in suites), *(name for entry in suites for name in scorers_of(entry))}
+    return [item for item in options.set if config.parse_sets([item]).keys() & known]
