@@ -101,7 +101,7 @@ def test_explain_prints_the_whole_card(say: Say) -> None:
         (["eval", *RED, "--limit", "0"], 2, "Argument --limit: expected a whole number of at least 1, got '0'. See: mmalign eval --help"),
         (["eval", *RED, "--size", "8y8"], 2, "Argument --size: expected a whole number of at least 1, got '8y8'. See: mmalign eval --help"),
         (["eval", *RED, "--set", "redness"], 2, "--set redness: expected ROOT.OPTION=VALUE, such as sampling.guidance=5"),
-        (["eval", *RED, "--set", "rednes.a=1"], 2, "--set rednes.a: nothing here is called 'rednes'. Did you mean 'redness'?"),
+        (["eval", *RED, "--set", "rednes.a=1"], 2, "--set rednes.a: nothing here is called 'rednes'. Did you mean 'redness'"),
         (["eval", *RED, "--set", "redness.chanel=1"], 2, "Unknown option 'chanel' of redness. Did you mean 'channel'?"),
         (["eval", *RED, "--set", "sampling.brightnes=1"], 2, "Unknown option 'brightnes' of sampling. Did you mean 'brightness'?"),
         (["eval", *RED, "--model-extra", "decoder"], 2, "--model-extra decoder: expected NAME=PATH, such as decoder=./sana."),
