@@ -60,6 +60,11 @@ class Janus:
     def device(self) -> torch.device:
         return self.net.lm_head.weight.device
 
+    def shard_units(self) -> list[nn.Module]:
+        """The modules that are called directly, inner ones first: what FSDP2 must gather one by one. Vision and VQ stay whole."""
+        heads = [self.net.lm_head, self.net.model.generation_head, self.net.model.generation_embeddings, self.net.model.generation_aligner]
+        return [*self.trunk.layers, self.net.get_input_embeddings(), *heads, self.trunk]
+
     @property
     def width(self) -> int | None:
         """Rows of a lane: fixed on the CPU, where results are bitwise independent of the batch; elsewhere the whole batch is one lane."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from mmalign import config, hub, images
 from mmalign.models._janus import Janus
@@ -56,17 +57,28 @@ class JanusModel(Janus):
             for request, result in zip(requests, results, strict=True)
         ]
 
-    def save(self, folder: Path) -> None:
-        """Write the Hugging Face layout, whichever layout was read, with what `model.generate` of transformers needs."""
+    def save(self, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the Hugging Face layout, whichever layout was read: `state` (the model's own if None), configs, tokenizer.
+
+        With the generation config written here, `model.generate` of transformers draws too.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in (self.net.state_dict() if state is None else state).items()}
+        if self.net.config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        self.net.config.architectures = [type(self.net).__name__]
+        self.net.config.save_pretrained(folder)
         generation = self.net.generation_config
         generation._from_model_config = False  # otherwise reloading drops generation_kwargs
         generation.do_sample, generation.guidance_scale = True, self.settings["guidance"]
         generation.bos_token_id, generation.eos_token_id, generation.pad_token_id = self.chat.bos, self.chat.eos, self.chat.pad
         generation.generation_kwargs = {"boi_token_id": self.chat.boi}
-        self.net.save_pretrained(folder)
+        generation.save_pretrained(folder)
         for pattern in KEPT:
             for file in self.path.glob(pattern):
-                shutil.copy2(file, Path(folder) / file.name)
+                shutil.copy2(file, folder / file.name)
 
     def _settings(self, request: Request) -> Any:
         chosen = config.build(self.sampling_type, {**self.settings, **request.settings}, f"settings of {request.id}")

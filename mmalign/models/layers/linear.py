@@ -33,11 +33,11 @@ def fused(modules: Sequence[Any], rows: int, pack: bool) -> Callable[[Tensor], T
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether the model's weights are float32 on the CPU, few enough to copy, and this torch has oneDNN's packed product."""
+    """Whether the weights are float32 on the CPU, few enough to copy and used as they are (no autocast), and torch has the packed product."""
     parameters = list(model.parameters())
     plain = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in parameters)
     available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return plain and available and sum(weight.nbytes for weight in parameters) <= PACKED_BYTES
+    return plain and available and not torch.is_autocast_enabled("cpu") and sum(weight.nbytes for weight in parameters) <= PACKED_BYTES
 
 
 def _is_bare(module: nn.Module) -> bool:
