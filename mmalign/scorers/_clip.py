@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from mmalign.hub import CHECKPOINTS
 from mmalign.scorers import _weights
 from mmalign.scorers._preprocess import CropCentre, Preprocess, Triple
 from mmalign.scorers._whole import load_whole
@@ -158,9 +159,14 @@ class Clip:
 
 
 def load(spec: str, option: str, device: str, dtype: Dtype, preprocess: Preprocess | None = None, words: str | None = None) -> Clip:
-    """A CLIP in the Hugging Face layout. Without `preprocess`, its processor's file has the word; `words` names another tokenizer."""
+    """A CLIP in the Hugging Face layout: a bundled name, folder or hub id.
+
+    Without `preprocess` the checkpoint's processor file decides it; `words` names another tokenizer.
+    """
     from transformers import CLIPModel
 
+    bundled = CHECKPOINTS / spec
+    spec = str(bundled) if (bundled / "config.json").is_file() else spec
     model = load_whole(CLIPModel, spec, device, dtype, option).requires_grad_(False)
     return Clip(model, _weights.tokenizer(words or spec, option), preprocess or preprocess_of(spec, model, option))
 

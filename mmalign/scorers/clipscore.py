@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmalign.scorers import _clip
-from mmalign.scorers._cosine import CosineScorer
+from mmalign.scorers._clip_scorer import ClipScorer, cosine
 from mmalign.types import digest
 
 NEEDS = ("weights: openai/clip-vit-large-patch14",)
 VERSION = 1
 
 FORMULAS = {
-    "cosine": lambda cosine: cosine,
-    "percent": lambda cosine: (100 * cosine).clamp(min=0),
-    "paper": lambda cosine: 2.5 * cosine.clamp(min=0),
+    "cosine": cosine,
+    "percent": lambda image_BD, text_BD: 100 * cosine(image_BD, text_BD).clamp(min=0),
+    "paper": lambda image_BD, text_BD: 2.5 * cosine(image_BD, text_BD).clamp(min=0),
 }
 RANGES = {"cosine": (-1.0, 1.0), "percent": (0.0, 100.0), "paper": (0.0, 2.5)}
 
@@ -37,7 +37,7 @@ class Config:
     dtype: _clip.Dtype = "float32"
 
 
-def load(config: Config = Config(), device: str = "cpu") -> CosineScorer:
+def load(config: Config = Config(), device: str = "cpu") -> ClipScorer:
     clip = _clip.load(config.model, "clipscore.model", device, config.dtype)
     fingerprint = digest("clipscore", VERSION, config.convention, clip.fingerprint)
-    return CosineScorer("clipscore", RANGES[config.convention], fingerprint, clip, FORMULAS[config.convention], config.batch_size)
+    return ClipScorer("clipscore", RANGES[config.convention], fingerprint, clip, FORMULAS[config.convention], config.batch_size)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmalign.scorers import _clip
-from mmalign.scorers._cosine import CosineScorer
+from mmalign.scorers._clip_scorer import ClipScorer, cosine
 from mmalign.scorers._preprocess import PadSquare
 from mmalign.scorers._weights import official_file, tokenizer
 from mmalign.types import digest
@@ -38,9 +38,9 @@ class Config:
     dtype: _clip.Dtype = "float32"
 
 
-def load(config: Config = Config(), device: str = "cpu") -> CosineScorer:
+def load(config: Config = Config(), device: str = "cpu") -> ClipScorer:
     path = official_file(config.weights or FILES[config.version], "hpsv2.weights")
     words = tokenizer(config.tokenizer, "hpsv2.tokenizer")
     clip = _clip.load_open_clip(path, words, lambda side: PadSquare(side, config.antialias), device, config.dtype)
     fingerprint = digest("hpsv2", VERSION, config.version, clip.fingerprint)
-    return CosineScorer("hpsv2", (-1.0, 1.0), fingerprint, clip, lambda cosine: cosine, config.batch_size)
+    return ClipScorer("hpsv2", (-1.0, 1.0), fingerprint, clip, cosine, config.batch_size)

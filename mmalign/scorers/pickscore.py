@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmalign.scorers import _clip
-from mmalign.scorers._cosine import CosineScorer
+from mmalign.scorers._clip_scorer import ClipScorer, cosine
 from mmalign.scorers._weights import tokenizer
 from mmalign.scorers._whole import load_whole
 from mmalign.types import digest
@@ -33,7 +33,7 @@ class Config:
     dtype: _clip.Dtype = "float32"
 
 
-def load(config: Config = Config(), device: str = "cpu") -> CosineScorer:
+def load(config: Config = Config(), device: str = "cpu") -> ClipScorer:
     from transformers import CLIPModel
 
     model = load_whole(CLIPModel, config.model, device, config.dtype, "pickscore.model").requires_grad_(False)
@@ -42,4 +42,11 @@ def load(config: Config = Config(), device: str = "cpu") -> CosineScorer:
     clip = _clip.Clip(model, tokenizer(config.processor, option), preprocess)
     factor = clip.logit_scale / DIVISOR[config.scale]
     fingerprint = digest("pickscore", VERSION, config.scale, clip.fingerprint)
-    return CosineScorer("pickscore", (-factor, factor), fingerprint, clip, lambda cosine: factor * cosine, config.batch_size)
+    return ClipScorer(
+        "pickscore",
+        (-factor, factor),
+        fingerprint,
+        clip,
+        lambda image_BD, text_BD: factor * cosine(image_BD, text_BD),
+        config.batch_size,
+    )

@@ -1,4 +1,4 @@
-"""The scorer that CLIPScore, PickScore and HPSv2 are: a function of the cosine between an image's and its prompt's CLIP features."""
+"""The scorer that CLIPScore, PickScore, HPSv2 and learned heads are: a function of an image's and its prompt's CLIP features."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class CosineScorer:
-    """The loaded scorer. `formula` turns cosines [B] into scores [B] and is differentiable; a value's part `cosine` is its raw input.
+def cosine(image_BD: torch.Tensor, text_BD: torch.Tensor) -> torch.Tensor:
+    """Cosines [B] of unit features, row by row."""
+    return (image_BD * text_BD).sum(-1)
 
-    `score` reads uint8 images exactly as the original does. `score_pixels` is the same function of float pixels, with gradients.
+
+@dataclass(frozen=True)
+class ClipScorer:
+    """The loaded scorer. `formula` turns unit features of images and prompts [B, D] into scores [B], differentiably.
+
+    `score` reads uint8 images exactly as the original does; a value's part `cosine` is that of the features. `score_pixels` is the same
+    function of float pixels, with gradients. What attribution may ask beyond that follows the protocols in attribution/protocol.py.
     """
 
     name: str
     range: tuple[float, float]
     fingerprint: str
     clip: Clip
-    formula: Callable[[torch.Tensor], torch.Tensor]
+    formula: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     batch_size: int
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
@@ -34,7 +40,7 @@ class CosineScorer:
 
     def score_pixels(self, pixels_BCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores [B] of pixels in [0, 1] of any size, differentiable in the pixels; equal prompts cost one text pass."""
-        return self.formula(self._cosine(self.clip.encode_pixels(pixels_BCHW), prompts))
+        return self.formula(self.clip.encode_pixels(pixels_BCHW), self.clip.text_features(prompts))
 
     def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
         """Unit text features [B, D], remembered by prompt."""
@@ -58,20 +64,14 @@ class CosineScorer:
     ) -> torch.Tensor:
         """Scores [R]: row r is picture index_R[r] seen through its patches' gates (attribution/dropping.py)."""
         asked = [prompts[index] for index in index_R.tolist()]
-        return self.formula(self._cosine(self.clip.encode_gated(pixels_BCHW, gates_RN, index_R), asked))
-
-    def _cosine(self, image_BD: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        return (image_BD * self.clip.text_features(prompts)).sum(-1)
+        return self.formula(self.clip.encode_gated(pixels_BCHW, gates_RN, index_R), self.clip.text_features(asked))
 
     def _measure(self, items: Sequence[Item]) -> list[Value]:
         import torch
 
         prompts = [item.text for item in items]
         with torch.no_grad():
-            cosine_B = self._cosine(self.clip.encode_images([item.pixels for item in items]), prompts)
-            scores_B = self.formula(cosine_B)
+            image_BD, text_BD = self.clip.encode_images([item.pixels for item in items]), self.clip.text_features(prompts)
+            scores, cosines = self.formula(image_BD, text_BD).tolist(), cosine(image_BD, text_BD).tolist()
         notes = [cut_note(self.clip.n_tokens(prompt), MAX_TOKENS) for prompt in prompts]
-        return [
-            Value(score, {"cosine": cosine}, detail=note)
-            for score, cosine, note in zip(scores_B.tolist(), cosine_B.tolist(), notes, strict=True)
-        ]
+        return [Value(score, {"cosine": angle}, detail=note) for score, angle, note in zip(scores, cosines, notes, strict=True)]
