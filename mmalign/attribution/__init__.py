@@ -115,8 +115,9 @@ def attribute(
             return _maps(config.tool, resize_area(resize_bilinear(heat, *pixels.shape[-2:]), *grid), 3, "positive")
         case "lime":
             game = BlurGame(pixel_scorer, pixels, texts, (pixels.shape[-2], pixels.shape[-1]), config.blur, config.chunk)
-            credit = resize_area(lime(game, config.lime).abs(), *grid)
-            return _maps(config.tool, credit, game.evaluations, "absolute")
+            painted = lime(game, config.lime)
+            sizes = resize_area(painted.abs(), *grid)  # equation (24): absolute values before the patch mean
+            return Maps(config.tool, resize_area(painted, *grid), normalise(sizes, "positive"), game.evaluations)
         case "shap" if config.shap.unit == "pixel" and config.masking == "blur":
             game = BlurGame(pixel_scorer, pixels, texts, (pixels.shape[-2], pixels.shape[-1]), config.blur, config.chunk)
             return _maps(config.tool, expanded(shap(game, config.shap, pixels.shape[1]), grid), game.evaluations)

@@ -23,7 +23,7 @@ from torch import Tensor
 from mmalign.attribution.game import Game, values
 
 BLOBS = (3, 4, 6, 8)  # sides of the noise from which smooth masks are grown
-NOISE = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # candidates, as a share of the prior variance of an equation
+NOISE = (1e-6, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # candidates, as a share of the prior variance of an equation
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def prior_factor(grid: tuple[int, int], path: Tensor | None, config: FastShap) -
 def regress(rows_EN: Tensor, answers_BE: Tensor, factor_BNN: Tensor) -> Tensor:
     """Posterior mean [B, N] of phi given rows . phi = answers, the last of them exactly and the others with noise.
 
-    The noise variance is the candidate with the least leave-one-out error, residual_i = [G^-1 y]_i / [G^-1]_ii with G = rows S rows^T
-    + noise; the exact row is never left out. Answers of 0 everywhere give a map of 0.
+    The noise variance is the candidate with the least leave-one-out error; the exact row is never left out. Answers of 0 everywhere
+    give a map of 0.
     """
     spread = rows_EN @ factor_BNN  # [B, E, N]
     gram = spread @ spread.mT
@@ -125,13 +125,18 @@ def regress(rows_EN: Tensor, answers_BE: Tensor, factor_BNN: Tensor) -> Tensor:
     for noise in NOISE:
         inverse = torch.linalg.inv(gram + torch.diag_embed((noise * scale)[:, None] * noisy))
         weights = (inverse @ answers_BE[:, :, None])[:, :, 0]
-        error = ((weights / inverse.diagonal(dim1=1, dim2=2))[:, :-1] ** 2).sum(1)
+        error = (left_out(inverse, weights)[:, :-1] ** 2).sum(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = torch.where(better[:, None], weights, best)
     credit = (factor_BNN @ (spread.mT @ best[:, :, None]))[:, :, 0]
     short = answers_BE[:, -1] - credit.sum(1)  # rounding of the solve, spread evenly
     return credit + short[:, None] / credit.shape[1]
+
+
+def left_out(inverse_BEE: Tensor, weights_BE: Tensor) -> Tensor:
+    """Leave-one-out residuals [B, E], answer i less its prediction from all others: [G^-1 y]_i / [G^-1]_ii, G the answers' covariance."""
+    return weights_BE / inverse_BEE.diagonal(dim1=1, dim2=2)
 
 
 def divide(credit_BHW: Tensor, path_BHW: Tensor, side: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmalign.types import UsageError
 
-Rule = Literal["signed", "absolute", "positive"]
+Rule = Literal["signed", "positive"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Maps:
 def normalise(credit_BHW: Tensor, rule: Rule = "signed") -> Tensor:
     """Min-max of each map to [0, 1], equations (9), (26), (31); a constant map becomes 0.5.
 
-    `signed` keeps the sign, so that the most harmful cell becomes 0 (SHAP); `absolute` is LIME's rule, applied before patches are
-    averaged in the paper and therefore a no-op on its maps; `positive` clips at 0 (Grad-CAM).
+    `signed` keeps the sign, so that the most harmful cell becomes 0 (SHAP); `positive` clips at 0 first (Grad-CAM; LIME, whose sizes
+    are taken pixel by pixel before).
     """
-    value = {"signed": credit_BHW, "absolute": credit_BHW.abs(), "positive": credit_BHW.clamp(min=0)}[rule]
+    value = credit_BHW if rule == "signed" else credit_BHW.clamp(min=0)
     low, high = value.amin((-2, -1), keepdim=True), value.amax((-2, -1), keepdim=True)
     return torch.where(high > low, (value - low) / (high - low).clamp(min=torch.finfo(value.dtype).tiny), torch.full_like(value, 0.5))
 
