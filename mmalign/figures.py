@@ -67,7 +67,7 @@ def format_signed(x: float) -> str:
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from at most `low` to at least `high`, in steps of 1, 2 or 5 times a power of ten."""
-    if not high > low:
+    if not high - low > 1e-9 * max(1.0, abs(low), abs(high)):  # one value, or as good as one
         low, high = low - 0.5, high + 0.5
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))

@@ -7,7 +7,6 @@ A gallery has one cell per item, a comparison has two.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mmalign.store import image_path, write_atomic
+from mmalign.store import image_path
 from mmalign.types import Failure, MmalignError, Row, Value
 
 THUMBNAIL = 256  # the longer side in pixels
@@ -129,7 +128,7 @@ def _thumbnail(source: Path, target: Path) -> tuple[int, int] | str:
     try:
         with Image.open(source) as image:
             size: tuple[int, int] = image.size
-            if target.is_file():
+            if target.is_file() and target.stat().st_size:
                 return size
             picture = image.convert("RGB")
     except FileNotFoundError:
@@ -139,9 +138,11 @@ def _thumbnail(source: Path, target: Path) -> tuple[int, int] | str:
     is_small = max(size) <= THUMBNAIL
     if not is_small:
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=is_small, quality=82, method=4)
-    write_atomic(target, buffer.getvalue())
+    # Renamed but not synced: thumbnails can be made again, and two waits for the disk each would cost more than all else here.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    picture.save(temporary, "WEBP", lossless=is_small, quality=82, method=4)
+    os.replace(temporary, target)
     return size
 
 

@@ -303,7 +303,7 @@ def _difference(first: Run, second: Run, scorer: str) -> str:
         return f"{text}; too few prompts for an interval."
     verdict = "" if found.is_significant else ", so it may be noise"
     interval = f"[{format_signed(found.ci[0])}, {format_signed(found.ci[1])}]"
-    return f"{text}, 95% interval {interval}{verdict}; differences under {format_number(found.detectable)} would be hard to see."
+    return f"{text}, 95% interval {interval}{verdict}; such data reveal differences of {format_number(found.detectable)} and more."
 
 
 def _items_page(*, runs: Sequence[Run], items: Sequence[gallery.Item], scorers: Sequence[str], out: Path, **content: Any) -> str:

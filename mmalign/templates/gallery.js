@@ -13,7 +13,8 @@ function make(name, properties = {}, ...children) {
   return element;
 }
 
-const format = (x) => (x === null || x === undefined ? "–" : Number.isInteger(x) ? String(x) : x.toFixed(Math.abs(x) < 10 ? 3 : 1));
+const format = (x) => (x === null || x === undefined ? "–" : x.toFixed(Math.abs(x) < 10 ? 3 : 1).replace("-", "−"));
+const formatPart = (x) => (typeof x !== "number" ? JSON.stringify(x) : Number.isInteger(x) ? String(x) : format(x));
 const isPair = data.models.length === 2;
 const hasFailed = (item) => item.cells.some((cell) => cell.failures.length > 0);
 
@@ -74,30 +75,36 @@ function card(item, position) {
   return button;
 }
 
-function table(rows) {
-  const body = rows.filter(([, value]) => value !== undefined && value !== "");
-  return make("table", { className: "compact key-value" }, ...body.map(([name, value, isBad]) =>
-    make("tr", {}, make("td", { textContent: name }), make("td", { textContent: value, className: isBad ? "bad" : "" }))));
+// Lines of [name, value, class]; those without a value are left out.
+function table(lines) {
+  return make("table", { className: "compact key-value" }, ...lines.filter(([, value]) => value !== undefined && value !== "").map(
+    ([name, value, kind = ""]) => make("tr", {}, make("td", { className: kind, textContent: name }), make("td", { className: kind, textContent: value }))));
 }
 
-function report(item, cell, column) {
-  const scores = Object.entries(cell.scores).flatMap(([scorer, score]) => [[scorer, format(score.value)],
-    ...Object.entries(score.parts ?? {}).map(([part, value]) => [`  · ${part}`, typeof value === "number" ? format(value) : JSON.stringify(value)])]);
-  const failures = cell.failures.map((hole) => [hole.scorer || hole.stage, `${hole.kind}: ${hole.message}`, true]);
-  const details = Object.entries(cell.scores).filter(([, score]) => score.detail).map(([, score]) => make("pre", { textContent: score.detail }));
-  const original = cell.sha && !cell.lost
-    ? make("p", { className: "note" }, make("a", { href: `${data.originals[column]}/${cell.sha.slice(0, 2)}/${cell.sha}.png`, textContent: "original PNG" })) : null;
-  const facts = [["size", cell.size], ["seconds", cell.seconds === undefined ? undefined : String(cell.seconds)]];
-  return make("div", {}, isPair ? make("h3", { textContent: data.models[column] }) : null, table([...failures, ...scores, ...facts]), ...details, original);
+function report(cell, column) {
+  const failures = cell.failures.map((hole) => [hole.scorer || hole.stage, `${hole.kind}: ${hole.message}`, "bad"]);
+  const scores = Object.entries(cell.scores).flatMap(([scorer, score]) => [
+    table([[scorer, format(score.value), "big"], ...Object.entries(score.parts ?? {}).map(([name, value]) => [name, formatPart(value), "part"])]),
+    score.detail ? make("pre", { textContent: score.detail }) : null]);
+  return make("div", {}, isPair ? make("h3", { textContent: data.models[column] }) : null, failures.length ? table(failures) : null, ...scores);
+}
+
+function facts(item) {
+  const cells = item.cells.map((cell, column) => {
+    const link = cell.sha && !cell.lost ? `${data.originals[column]}/${cell.sha.slice(0, 2)}/${cell.sha}.png` : null;
+    return link && make("a", { href: link, textContent: isPair ? `original of ${data.models[column]}` : "original image" });
+  });
+  const [first] = item.cells;
+  const lines = [["tags", item.tags.join(", ")], ["seed", item.seed], ["request", item.id], ["size", first.size], ["seconds", first.seconds?.toString()]];
+  return make("div", {}, table(lines), make("p", { className: "note links" }, ...cells));
 }
 
 function open(position) {
   const item = visible[position];
   opened = position;
   const pictures = make("div", { className: "cells" }, ...item.cells.map((cell, column) => picture(cell, column, true)));
-  const reports = make("div", { className: "cells" }, ...item.cells.map((cell, column) => report(item, cell, column)));
-  const shared = table([["tags", item.tags.join(", ")], ["seed", item.seed], ["request", item.id]]);
-  at("body").replaceChildren(pictures, make("div", {}, make("p", { className: "words", textContent: item.prompt }), shared, reports));
+  const reports = make("div", { className: "cells" }, ...item.cells.map(report));
+  at("body").replaceChildren(pictures, make("div", {}, make("p", { className: "words", textContent: item.prompt }), reports, facts(item)));
   at("position").textContent = `${position + 1} of ${visible.length}`;
   at("before").disabled = position === 0;
   at("after").disabled = position === visible.length - 1;
@@ -122,9 +129,17 @@ function show() {
   for (const button of document.querySelectorAll("[data-view]")) button.setAttribute("aria-pressed", button.dataset.view === state.view);
 }
 
+function fragment() {
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch { // an address that was cut while it was copied
+    return "";
+  }
+}
+
 // The address after '#' is a view (#failed) or an item's id; an item outside the filters clears them.
 function follow() {
-  const target = /%(?![0-9a-f]{2})/i.test(location.hash) ? "" : decodeURIComponent(location.hash.slice(1));
+  const target = fragment();
   if (Object.hasOwn(views, target)) return change({ view: target });
   if (!target) return undefined;
   if (!visible.some((item) => item.id === target)) {
