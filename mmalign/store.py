@@ -163,15 +163,14 @@ class Store:
                 index.execute("PRAGMA journal_mode=WAL")
                 index.execute("PRAGMA synchronous=FULL")
                 index.execute("BEGIN IMMEDIATE")
-                version = index.execute("PRAGMA user_version").fetchone()[0]
+                _check_version(index.execute("PRAGMA user_version").fetchone()[0] or SCHEMA_VERSION, folder)
                 for statement in SCHEMA.split(";"):
                     index.execute(statement)
-                index.execute(f"PRAGMA user_version={version or SCHEMA_VERSION}")
+                index.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
                 index.execute("COMMIT")
         except BaseException:
             lock.close()
             raise
-        _check_version(version or SCHEMA_VERSION, folder)
         return cls(directory, index, lock)
 
     @classmethod

@@ -172,9 +172,9 @@ def test_a_worker_that_dies_or_hangs_while_loading_is_an_error_of_the_run(tmp_pa
 
 
 def test_weights_that_change_between_workers_stop_the_run(tmp_path: Path) -> None:
-    weights = make_weights(tmp_path / "w", faults={"delay": 0.05})
+    weights = make_weights(tmp_path / "w", faults={"delay": 0.5})
     with quick(2).open(model_recipe(weights)) as session:
-        make_weights(weights, "other weights")
+        (weights / "weights.txt").write_text("other weights")
         with pytest.raises(MmalignError, match="The model 'dots' changed while it ran"):
             list(session.run(requests(*(f"p{n}" for n in range(80))), 1))
 
