@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the official layouts of the scorers, and samples to score. Nothing here is trained: only the paths are real."""
+"""Tiny random checkpoints in the official layouts of the scorers, and samples to score. Only the way they are loaded is real."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from helpers.tiny_geneval import make_clip
 
 from mmalign.types import Prompt, Request, Sample
-from helpers.tiny_geneval import make_clip
 
 WORDS = ["a", "red", "blue", "cat", "dog", "on", "the", "mat", "that", "says", '"', "hello", "you", "idiot"]
 
