@@ -234,7 +234,9 @@ def _deviations(job: Job, model: Description, scorers: Mapping[str, Description]
     evaluator = configs.plain(job.evaluator)
     found += _changed(job.suite, configs.plain(type(job.evaluator)()), evaluator)
     for name, scorer in scorers.items():
-        found += _changed(name, scorer.defaults, scorer.options)
+        own = [Deviation(**deviation) for deviation in scorer.facts.get("deviations", ())]  # what the scorer knows of itself comes first
+        told = {deviation.field for deviation in own}
+        found += own + [one for one in _changed(name, scorer.defaults, scorer.options) if one.field not in told]
     return (*found, *_changed("sampling", model.defaults, model.options))
 
 
@@ -352,7 +354,12 @@ def _result(made: Plan, rows: Sequence[Row], counts: Counts, origin: Mapping[str
             "seed_rule": SEED_RULE,
         },
         scorers={
-            name: {"fingerprint": scorer.fingerprint, "options": dict(scorer.options), "range": _finite_range(scorer)}
+            name: {
+                "fingerprint": scorer.fingerprint,
+                "metric_name": scorer.facts.get("metric_name", name),
+                "options": dict(scorer.options),
+                "range": _finite_range(scorer),
+            }
             for name, scorer in made.scorers.items()
         },
         counts=counts,
@@ -405,4 +412,5 @@ def _warnings(made: Plan, rows: Sequence[Row]) -> list[str]:
             found.append(f"All {len(values)} values of the scorer '{name}' are {values[0]:g}; look at its rows before you quote a number.")
         if name in made.job.model_facts.get("trained_on_rewards", ()):
             found.append(f"The model was trained on '{name}' as a reward, so this number measures fit to the reward, not transfer.")
-    return found
+    alarms = getattr(made.job.evaluator, "alarms", None)
+    return found + (list(alarms([row for row in rows if row.failure is None])) if alarms else [])

@@ -205,7 +205,9 @@ def paste_line(result: Result) -> str:
     if reward_overlap(result):
         notes.append(f"trained on the reward {', '.join(reward_overlap(result))}")
     mark = "" if result.status == "complete" else f" {result.status.upper()}"
-    return f"{result.suite['title']} {number} ({', '.join(notes)}){mark}"
+    other = [scorer["metric_name"] for name, scorer in result.scorers.items() if scorer.get("metric_name", name) != name]
+    title = result.suite["title"] + (f" [{', '.join(other)}]" if other else "")
+    return f"{title} {number} ({', '.join(notes)}){mark}"
 
 
 def _number(value: float) -> str:

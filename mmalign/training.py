@@ -61,7 +61,7 @@ def training(options: argparse.Namespace) -> Training:
     source = options.prompts or common["prompts"]
     if not source:
         raise UsageError(
-            f"`mmalign train {entry.name}` needs prompts: --prompts SUITE (its train split) or --prompts FILE (.txt, a line each, or .jsonl)."
+            f"`mmalign train {entry.name}` needs prompts: --prompts SUITE (its train split) or --prompts FILE (.txt or .jsonl)."
         )
     name = f"{spec.name}-{entry.name}-{digest(config.plain(made), text, source, str(spec.path))[:8]}"
     return Training(

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,10 +103,10 @@ class LoadFailure:
 class Served:
     """A loaded model or scorer, ready to serve batches on one thread."""
 
-    def __init__(self, recipe: Recipe, device: str) -> None:
+    def __init__(self, recipe: Recipe, device: str, keeps_maps: bool = False) -> None:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is first imported; one thread each, so sums have one order
             os.environ[name] = "1"
-        self.recipe = recipe
+        self.recipe, self._keeps_maps = recipe, keeps_maps
         module = registry.load(recipe.entry)
         load = _load_model if recipe.stage == "generate" else _load_scorer
         with _one_thread():
@@ -154,7 +154,7 @@ class Served:
         if stage == "generate" and isinstance(result, Sample):
             return result
         if stage == "score" and isinstance(result, Value):
-            return _finite(result)
+            return _finite(result, self._keeps_maps)
         wanted = "Sample" if stage == "generate" else "Value"
         return Failure(stage, "error", f"The {self.recipe} gave a {type(result).__name__} where a {wanted} or Failure is expected.")
 
@@ -173,7 +173,11 @@ def _load_scorer(module: Any, recipe: Recipe, device: str) -> tuple[Any, Descrip
     scorer: Scorer = module.load(config, device)
     low, high = scorer.range
     options, defaults = configs.plain(config), configs.plain(module.Config())
-    facts = {"range": (float(low), float(high))}
+    facts = {
+        "range": (float(low), float(high)),
+        "metric_name": getattr(scorer, "metric_name", scorer.name),
+        "deviations": [asdict(deviation) for deviation in getattr(scorer, "deviations", ())],
+    }
     return scorer, Description(scorer.name, scorer.fingerprint, facts, options, defaults, _environment(device))
 
 
@@ -217,8 +221,8 @@ def _unpack(picture: Picture) -> Sample | Failure:
     return replace(picture.sample, image=images.decode_image(content))
 
 
-def _finite(value: Value) -> Value | Failure:
-    """The value as plain floats and without heat map (too large to keep; attribution recomputes it), or Failure(nonfinite)."""
+def _finite(value: Value, keeps_map: bool = False) -> Value | Failure:
+    """The value as plain floats, without heat map unless asked (too large to keep; attribution recomputes it), or Failure(nonfinite)."""
     try:
         x, parts = float(value.x), {str(name): float(part) for name, part in value.parts.items()}
     except (TypeError, ValueError) as error:
@@ -226,7 +230,7 @@ def _finite(value: Value) -> Value | Failure:
     for name, number in {"x": x, **parts}.items():
         if not math.isfinite(number):
             return Failure("score", "nonfinite", f"The scorer gave {name} = {number}, expected a finite number.")
-    return Value(x, parts, detail=configs.redact(str(value.detail)))
+    return Value(x, parts, value.heatmap if keeps_map else None, configs.redact(str(value.detail)))
 
 
 def _wrong_count(recipe: Recipe, verb: str, results: Any, expected: int) -> BatchFailure | None:

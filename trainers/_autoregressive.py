@@ -30,7 +30,7 @@ class AutoregressiveConfig(LoopConfig):
 
     steps: int = 1600
     learning_rate: float = 1e-6
-    prompts: int = 8  # P of a step, over all processes
+    prompts_per_step: int = 8  # P, over all processes
     samples: int = 8  # G: reasoning texts of a prompt, or pictures when there is no reasoning
     images: int = 1  # K: pictures of a reasoning text
     instruction: str = (

@@ -5,7 +5,7 @@ alone, A = (R - mean) / std over the group; a map m in [0, 1] of one scorer's sc
 weighs the image tokens, w = 1 + lambda m, and reasoning tokens keep weight 1. lambda > 0 for what helps a preference score, < 0 for maps of
 faults (RAHF).
 Controls that the paper lacks: `control=permuted` (right weights, wrong places), `control=mean` (the same mean weight everywhere, so
-that only the step grows), tool `oracle` (a scorer's exact heat map), `unit_mean` (weights divided by their mean, which the text of the paper
+that only the step grows), tool `oracle` (an exact heat map), `unit_mean` (weights divided by their mean, which the text of the paper
 implies and its formula does not).
 """
 
@@ -45,7 +45,7 @@ def train(config: Config, model: Any, reward: Reward, prompts: Sequence[Prompt],
     head = None
     for _ in loop.steps():
         with loop.timer("rollout"):
-            rollout = ar.make_rollout(model, loop, loop.draw(prompts, config.prompts), config)
+            rollout = ar.make_rollout(model, loop, loop.draw(prompts, config.prompts_per_step), config)
         with loop.timer("reward"):
             scored = reward(rollout.samples)
         with loop.timer("attribution"), loop.rollout(), torch.enable_grad():

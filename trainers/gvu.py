@@ -43,7 +43,7 @@ def train(config: Config, model: Any, reward: Reward | None, prompts: Sequence[P
         raise UsageError(f"GvU needs a model that understands pictures; {model.name} ({model.family}) has no understanding branch.")
     for _ in loop.steps():
         with loop.timer("rollout"):
-            rollout = ar.make_rollout(model, loop, loop.draw(prompts, config.prompts), config)
+            rollout = ar.make_rollout(model, loop, loop.draw(prompts, config.prompts_per_step), config)
         with loop.timer("reward"):
             scored = understanding(model, loop, rollout, config)
             watched = None if reward is None else reward(rollout.samples)

@@ -30,7 +30,7 @@ class Config(ar.AutoregressiveConfig):
 def train(config: Config, model: Any, reward: Reward, prompts: Sequence[Prompt], loop: Loop) -> None:
     for _ in loop.steps():
         with loop.timer("rollout"):
-            rollout = ar.make_rollout(model, loop, loop.draw(prompts, config.prompts), config)
+            rollout = ar.make_rollout(model, loop, loop.draw(prompts, config.prompts_per_step), config)
         with loop.timer("reward"):
             scored = reward(rollout.samples)
         advantages = ar.advantages_of(scored, config)

@@ -25,6 +25,7 @@ from mmalign.testbed.world import Scene
 PATCH = 4
 TOKENS = (SIZE // PATCH) ** 2
 GUIDANCE = 3.0
+UNSERVED = 0.1  # 1 - cosine to the nearest code
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Recipe:
     codes: int = 256
     width: int = 192
     layers: int = 4
-    vq_steps: int = 1500
+    vq_steps: int = 1100
     vq_batch: int = 32
     steps: int = 3000
     batch: int = 48
@@ -109,15 +110,22 @@ def reconstruct(vq, vectors_BND: torch.Tensor) -> torch.Tensor:
 
 
 def train_vq(model, recipe: Recipe, work: Path) -> None:
-    """Vector-quantised autoencoder with unit-length codes and straight-through gradients; unused codes move to random patches."""
+    """Vector-quantised autoencoder with unit-length codes and straight-through gradients; unused codes move to random patches.
+
+    Attention and group norms let a code depend on the whole picture, which makes codes hard to predict one by one. So each picture is
+    also shown with some of its things removed, and codes of places that look the same in both must agree.
+    """
     vq = model.model.vqmodel
     usage = torch.zeros(recipe.codes)
 
     def loss_of(step: int):
         scenes = [drawing.scene for drawing in corpus.drawings(10_000_000 + step, recipe.vq_batch, recipe.wrong, 0.0)]
-        x_BCHW = pixels_of(scenes, step)
+        keep = np.random.default_rng([recipe.seed, step]).random((len(scenes), 9)) < 0.5
+        fewer = [tuple(t for t, stays in zip(scene, row, strict=False) if stays) for scene, row in zip(scenes, keep, strict=True)]
+        x_BCHW, other_BCHW = pixels_of(scenes, step), pixels_of(fewer, step)
         with torch.autocast("cpu", torch.bfloat16):
             z_BND = encode(vq, x_BCHW).float()
+            other_BND = encode(vq, other_BCHW).float()
             codes_BN = nearest(vq, z_BND)
             q_BND = F.normalize(vq.quantize.embedding(codes_BN), dim=-1)
             decoded = reconstruct(vq, z_BND + (q_BND - z_BND).detach()).float()
@@ -127,23 +135,32 @@ def train_vq(model, recipe: Recipe, work: Path) -> None:
         error = (decoded - x_BCHW).abs()
         fit_loss = error.mean() + (error**2).mean() * 4
         code_loss = (q_BND - z_BND.detach()).pow(2).sum(-1).mean() + 0.25 * (q_BND.detach() - z_BND).pow(2).sum(-1).mean()
-        used = int((usage > 0.5).sum())
-        return fit_loss + 0.5 * code_loss, {"error": round(float(error.mean().detach()), 5), "codes_used": used}
+        same_BN = _unchanged(x_BCHW, other_BCHW)
+        drift = ((other_BND - q_BND.detach()).pow(2).sum(-1) * same_BN).sum() / same_BN.sum().clamp(min=1)
+        agree = float(((codes_BN == nearest(vq, other_BND)) & same_BN).sum() / same_BN.sum())
+        figures = {"error": round(float(error.mean().detach()), 5), "agree": round(agree, 3), "codes_used": int((usage > 0.5).sum())}
+        return fit_loss + 0.5 * code_loss + 2 * drift, figures
 
     fit("vq", work, vq.parameters(), {"vq": vq}, loss_of, recipe.vq_steps, 2e-3)
     vq.requires_grad_(False)
+
+
+def _unchanged(x_BCHW: torch.Tensor, other_BCHW: torch.Tensor) -> torch.Tensor:
+    """Patches [B, N] that are equal in both pictures, with the two pixels around them."""
+    differs = (x_BCHW != other_BCHW).any(1, keepdim=True).float()
+    return rearrange(F.max_pool2d(F.pad(differs, (2, 2, 2, 2)), PATCH + 4, PATCH) == 0, "b 1 h w -> b (h w)")
 
 
 @torch.no_grad()
 def _revive(vq, usage: torch.Tensor, z_BND: torch.Tensor, step: int) -> None:
     dead = (usage < 0.1).nonzero().flatten()
     flat = rearrange(z_BND, "b n d -> (b n) d")
-    # The most distant vectors first: they are the patches that no code serves.
+    # Only vectors that no code serves: a second code for what has one already would make the choice between them noise.
     distance = 1 - (flat @ F.normalize(vq.quantize.embedding.weight, dim=-1).T).max(-1).values
-    order = distance.topk(min(len(flat), 4 * len(dead) + 1)).indices
-    chosen = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(step))[: len(dead)]]
-    vq.quantize.embedding.weight[dead[: len(chosen)]] = flat[chosen]
-    usage[dead] = 1.0
+    unserved = (distance > UNSERVED).nonzero().flatten()
+    chosen = unserved[torch.randperm(len(unserved), generator=torch.Generator().manual_seed(step))[: max(1, len(dead) // 4)]]
+    vq.quantize.embedding.weight[dead[: len(chosen)]] = flat[chosen][: len(dead)]
+    usage[dead[: len(chosen)]] = 1.0
 
 
 def chat(tokenizer, text: str, image: bool) -> str:

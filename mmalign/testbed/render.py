@@ -47,13 +47,13 @@ def _coverage(shape: str, size: str, dx: int, dy: int) -> np.ndarray:
 
 
 def render(scenes: Sequence[Scene], seed: int = 0) -> np.ndarray:
-    """Pictures [B, 32, 32, 3], uint8. Small things sit up to one pixel off their cell's centre; picture i draws its own jitter."""
+    """Pictures [B, 32, 32, 3], uint8. Small things sit up to one pixel off their cell's centre, by (seed, picture, cell) alone."""
     names, alpha_TPP = templates()
     index = {name: i for i, name in enumerate(names)}
     pixels_BHWC = np.tile(BACKGROUND, (len(scenes), SIZE, SIZE, 1))
     for number, scene in enumerate(scenes):
-        rng = Random(f"{seed}/{number}")
         for thing in scene:
+            rng = Random(f"{seed}/{number}/{thing.row}{thing.column}")
             dx, dy = rng.choice(JITTER[thing.size]), rng.choice(JITTER[thing.size])
             alpha = alpha_TPP[index[thing.shape, thing.size, dx, dy]][..., None]
             top, left = MARGIN + CELL * thing.row, MARGIN + CELL * thing.column
