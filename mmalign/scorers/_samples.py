@@ -36,12 +36,12 @@ class Item:
 def score_in_batches(
     samples: Sequence[Sample],
     batch_size: int,
-    measure: Callable[[Sequence[Item]], Sequence[Value]],
+    measure: Callable[[Sequence[Item]], Sequence[Score]],
     *,
     image: bool = True,
     text: TextSource | None = "prompt",
 ) -> list[Score]:
-    """One score per sample, in order: a Failure for what cannot be measured, else the value that `measure` gives it in its batch.
+    """One score per sample, in order: a Failure for what cannot be measured, else the value (or failure) that `measure` gives it in its batch.
 
     A value that is not finite becomes a Failure of kind nonfinite, whatever made it so (damaged weights, an overflow in half precision).
     """
@@ -106,9 +106,9 @@ def text_of(sample: Sample, source: TextSource) -> str | Failure:
     return text
 
 
-def finite(value: Value, sample: Sample) -> Score:
+def finite(value: Score, sample: Sample) -> Score:
     """The value, or a Failure when its number is NaN or infinite."""
-    if math.isfinite(value.x):
+    if isinstance(value, Failure) or math.isfinite(value.x):
         return value
     return Failure("score", "nonfinite", f"The score of {sample.request.id} is {value.x}; expected a finite number. Are the weights sound?")
 

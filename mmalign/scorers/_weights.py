@@ -48,7 +48,7 @@ def official_file(spec: str, option: str) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or torch file by name, from its "state_dict" where it has one; nothing but tensors is unpickled."""
+    """The tensors of a .safetensors or torch file by name, from its "state_dict" or "model" where it has one; nothing but tensors is unpickled."""
     import pickle
 
     import torch
@@ -61,7 +61,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise MmalignError(f"The weight file {path} cannot be read: {first_line(error)} Download it again.") from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    state = content.get("state_dict", content.get("model", content)) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise MmalignError(f"The weight file {path} holds a {type(content).__name__} that is no mapping of names to tensors.")
     return dict(state)
