@@ -34,10 +34,14 @@ class Dot:
     bounds: tuple[float, float] | None = None
 
     @property
+    def level(self) -> tuple[float, ...]:
+        """The finite numbers that tell the metric's scale: value and bounds. An interval may reach beyond what the metric can be."""
+        return tuple(x for x in (self.value, *(self.bounds or ())) if x is not None and math.isfinite(x))
+
+    @property
     def numbers(self) -> tuple[float, ...]:
         """All finite numbers that the axis has to hold."""
-        every = (self.value, *(self.interval or ()), *(self.bounds or ()))
-        return tuple(x for x in every if x is not None and math.isfinite(x))
+        return *self.level, *(x for x in self.interval or () if math.isfinite(x))
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,14 @@ def panels(lines: Sequence[Line]) -> list[list[Line]]:
     """
     grouped: dict[int | None, list[Line]] = {}
     for line in lines:
-        numbers = [x for dot in line.dots if dot for x in dot.numbers]
-        is_share = all(0.0 <= x <= 1.0 for x in numbers)
-        largest = max((abs(x) for x in numbers), default=0.0)
-        magnitude = None if is_share else math.ceil(math.log10(max(largest, 1e-9)))
+        largest = max((abs(x) for dot in line.dots if dot for x in dot.level), default=0.0)
+        magnitude = None if _is_share([line]) else math.ceil(math.log10(max(largest, 1e-9)))
         grouped.setdefault(magnitude, []).append(line)
     return list(grouped.values())
+
+
+def _is_share(lines: Sequence[Line]) -> bool:
+    return all(0.0 <= x <= 1.0 for line in lines for dot in line.dots if dot for x in dot.level)
 
 
 def dot_plot(lines: Sequence[Line], series: Sequence[str], title: str) -> str:
@@ -100,8 +106,7 @@ def dot_plot(lines: Sequence[Line], series: Sequence[str], title: str) -> str:
         if len(line.dots) != len(series):
             raise ValueError(f"the line {line.name!r} has {len(line.dots)} dots, expected {len(series)} (one per model)")
     numbers = [x for line in lines for dot in line.dots if dot for x in dot.numbers]
-    is_share = all(0.0 <= x <= 1.0 for x in numbers)
-    marks = ticks(0.0, 1.0) if is_share else ticks(min(numbers), max(numbers))
+    marks = ticks(min([0.0, *numbers]), max([1.0, *numbers])) if _is_share(lines) else ticks(min(numbers), max(numbers))
     is_single = len(series) == 1
     left, right = LABEL_WIDTH, WIDTH - (VALUE_WIDTH if is_single else 16)
     line_height = LINE_HEIGHT if is_single else LANE_HEIGHT * len(series) + 12

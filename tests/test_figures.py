@@ -55,6 +55,14 @@ def test_metrics_of_other_scales_get_a_panel_of_their_own() -> None:
     assert [[line.name for line in panel] for panel in panels(lines)] == [["accuracy", "strict"], ["clip", "fid"]]
 
 
+def test_an_interval_beyond_its_range_stays_in_the_panel_and_on_the_axis() -> None:
+    lines = [Line("overall", (Dot(0.5, (0.4, 0.6)),)), Line("few prompts", (Dot(0.95, (0.7, 1.2)),))]
+    assert len(panels(lines)) == 1
+    figure = parse(dot_plot(lines, ["model"], "title"))
+    right = max(float(line.get("x1", "nan")) for line in figure.iter("line") if line.get("class") == "grid")
+    assert all(float(line.get("x2", "nan")) <= right + 0.1 for line in figure.iter("line") if line.get("class") == "interval")
+
+
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
 def test_ticks_cover_the_range_evenly_and_are_few(one: float, other: float) -> None:
     low, high = min(one, other), max(one, other)
