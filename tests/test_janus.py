@@ -97,11 +97,12 @@ def test_the_gradient_of_the_log_prob_is_its_slope(model):
     weight = model.net.model.generation_head.vision_head.weight
     gradient = torch.autograd.grad(model.log_prob(prompts, drawn).sum(), weight)[0]
     direction = gradient / gradient.norm()
-    values = []
+    kept, values = weight.detach().clone(), []
     with torch.no_grad():
-        for step in (1e-3, -2e-3, 1e-3):
-            weight.add_(direction * step)
+        for step in (1e-3, -1e-3):
+            weight.copy_(kept + direction * step)
             values.append(float(model.log_prob(prompts, drawn).double().sum()))
+        weight.copy_(kept)
     assert (values[0] - values[1]) / 2e-3 == pytest.approx(float(gradient.norm()), rel=0.02)
 
 
@@ -193,7 +194,7 @@ def test_questions_are_the_processors(model, hugging):
     assert model.chat.question(QUESTIONS[0], pictured=True) == expected.input_ids[0].tolist()
 
 
-@pytest.mark.parametrize("size", [(20, 31), (16, 16), (64, 9), (7, 7), (200, 150), (3, 90)])
+@pytest.mark.parametrize("size", [(20, 31), (16, 16), (64, 9), (7, 7), (200, 150), (5, 90)])
 def test_pictures_are_the_processors(model, hugging, size):
     _, processor = hugging
     image = picture(4, *size)

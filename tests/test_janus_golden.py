@@ -59,7 +59,9 @@ def test_golden_codes_of_pictures(janus, fixture):
 
 def test_golden_pixels_of_codes(janus, fixture):
     close(janus.net.model.vqmodel.decode(fixture["t"]), fixture["dec"])
-    close(janus.decode(fixture["t"]), ((fixture["dec"] + 1) / 2).clamp(0, 1))
+    scale = max(1.0, float(fixture["dec"].abs().max()))
+    found = janus.decode(fixture["t"])
+    assert (found - ((fixture["dec"] + 1) / 2).clamp(0, 1)).abs().max() <= 1e-5 * scale / 2
 
 
 def test_golden_language_model_in_one_forward(janus, fixture):

@@ -33,7 +33,7 @@ def fused(modules: Sequence[Any], rows: int, pack: bool) -> Callable[[Tensor], T
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether the weights are float32 on the CPU, few enough to copy and used as they are (no autocast), and torch has the packed product."""
+    """Whether the weights are float32 on the CPU, few enough to copy, used as they are (no autocast), and torch can pack."""
     parameters = list(model.parameters())
     plain = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in parameters)
     available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
