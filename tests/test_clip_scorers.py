@@ -12,7 +12,7 @@ from helpers.tiny_geneval import make_clip
 from helpers.tiny_scorers import head_state, image, open_clip_state, sample
 from PIL import Image
 
-from mmalign.attribution.protocol import ActivationScorer, FeatureScorer, PatchScorer, PixelScorer
+from mmalign.attribution.protocol import ActivationScorer, FeatureScorer, GatedScorer, PixelScorer
 from mmalign.images import CLIP_MEAN, CLIP_STD
 from mmalign.scorers import aesthetic, clipscore, hpsv2, pickscore
 from mmalign.types import MmalignError, Value
@@ -250,7 +250,7 @@ def test_pixels_score_as_the_image_does_and_have_gradients(scorers: dict, name: 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_attribution_asks_of_a_scorer(scorers: dict, name: str) -> None:
     scorer = scorers[name]
-    assert isinstance(scorer, PixelScorer) and isinstance(scorer, PatchScorer) and isinstance(scorer, ActivationScorer)
+    assert isinstance(scorer, PixelScorer) and isinstance(scorer, GatedScorer) and isinstance(scorer, ActivationScorer)
     assert isinstance(scorer, FeatureScorer) == (name != "aesthetic"), "aesthetic has no text feature to be a product with"
     pixels = torch.stack([torch.from_numpy(image(i)) for i in range(2)]).permute(0, 3, 1, 2).float() / 255
     index = torch.tensor([1, 0, 1])

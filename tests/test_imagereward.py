@@ -49,8 +49,9 @@ def test_the_reward_is_the_papers(config: imagereward.Config) -> None:
     expected = plain_rewards(config, x_BCHW, TEXTS)
     scores = scorer.score([sample(i, text, picture) for i, (text, picture) in enumerate(zip(TEXTS, pictures, strict=True))])
     assert [score.x for score in scores if isinstance(score, Value)] == pytest.approx(expected, abs=1e-5)
-    swapped = plain_rewards(config, x_BCHW, TEXTS[::-1])
-    assert abs(swapped[0] - expected[0]) > 1e-3, "the text must matter, or half of the network goes untested"
+    other_text, other_image = plain_rewards(config, x_BCHW, TEXTS[::-1]), plain_rewards(config, x_BCHW.flip(0), TEXTS)
+    assert abs(other_text[0] - expected[0]) > 1e-3, "the text must matter, or half of the network goes untested"
+    assert abs(other_image[0] - expected[0]) > 1e-3, "and so must the image"
 
 
 def test_text_is_cut_at_35_tokens_and_the_row_says_so(config: imagereward.Config) -> None:
@@ -67,7 +68,7 @@ def test_pixels_score_as_the_image_does_and_have_gradients(config: imagereward.C
     pixels = torch.from_numpy(image(2, 32, 32)).permute(2, 0, 1)[None].float().div(255).requires_grad_()
     score = scorer.score_pixels(pixels, TEXTS[:1])
     (value,) = scorer.score([sample(0, TEXTS[0], image(2, 32, 32))])
-    assert isinstance(value, Value) and float(score) == pytest.approx(value.x, abs=1e-5)
+    assert isinstance(value, Value) and score.item() == pytest.approx(value.x, abs=1e-5)
     (gradient,) = torch.autograd.grad(score.sum(), pixels)
     step = 0.5 * gradient / gradient.norm()
     with torch.no_grad():

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from helpers.tiny_geneval import make_clip
 
+from mmalign.testbed.tiny import randomise
 from mmalign.types import Prompt, Request, Sample
 
 WORDS = ["a", "red", "blue", "cat", "dog", "on", "the", "mat", "that", "says", '"', "hello", "you", "idiot"]
@@ -111,10 +112,9 @@ def blip_parts(vocabulary: int = 80) -> tuple[Any, Any]:
         max_position_embeddings=64,
         layer_norm_eps=1e-12,
     )
-    models = seeded(lambda: (BlipVisionModel(vision).eval(), BlipTextModel(text, add_pooling_layer=False).eval()), 3)
-    for model in models:  # defaults of 0.02 make a network that hardly sees its input
-        for parameter in model.parameters():
-            parameter.data.mul_(4) if parameter.ndim > 1 else None
+    models = BlipVisionModel(vision).eval(), BlipTextModel(text, add_pooling_layer=False).eval()
+    for seed, model in enumerate(models):
+        randomise(model, seed)
     return models
 
 
@@ -182,10 +182,10 @@ def nsfw_vit(folder: Path) -> Path:
 
 
 class EchoReader:
-    """Stands in for the OCR engine: reads as many letters of "hello" as the picture is bright."""
+    """Stands in for the OCR engine: how many letters of "hello" it reads depends on every pixel."""
 
     def __call__(self, picture: np.ndarray) -> SimpleNamespace:
-        return SimpleNamespace(txts=("Hello"[: round(float(picture.mean()) / 51)],))
+        return SimpleNamespace(txts=("Hello"[: int(picture.sum()) % 6],))
 
 
 def loaders(folder: Path) -> dict[str, Callable[[int], Any]]:
