@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import shlex
 import sys
 import traceback
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign import __version__, registry
-from mmalign.options import Parser, add_evaluation_options, add_run_options
+from mmalign.options import Parser, add_evaluation_options, add_run_options, add_worker_options
 from mmalign.screen import Screen, Show, columns
 from mmalign.types import MmalignError, UsageError
 
@@ -41,6 +42,7 @@ exit codes: 0 complete, 2 usage, 3 incomplete, 1 error"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     typed = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bars on the screen are ours
     screen = Screen("--json" in typed)
     try:
         options = _parse(typed)
@@ -208,6 +210,72 @@ def verb_eval(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def verb_score(parser: argparse.ArgumentParser) -> Run:
+    """Score a folder of images with any scorers: a table here, every value in a Parquet file."""
+    what = parser.add_argument_group("what")
+    what.add_argument("--images", required=True, type=Path, metavar="DIR", help="images, in this folder or below it")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help=".txt (a line per image), .json or .jsonl (by image name)")
+    what.add_argument("--scorers", required=True, metavar="NAME[,NAME]", help="as `mmalign ls scorers` lists them")
+    what.add_argument("--set", action="append", default=[], metavar="SCORER.OPTION=VALUE", help="an option of a scorer")
+    what.add_argument("--out", type=Path, metavar="FILE", help="the Parquet file (default: scores.parquet in the folder)")
+    add_worker_options(parser.add_argument_group("how (none of it changes a number)"))
+
+    def run(options: argparse.Namespace, screen: Screen) -> int:
+        from mmalign import jobs, scoring
+
+        recipes = jobs.scorer_recipes(options)
+        with screen.progress() as show:
+            scores = scoring.score_folder(
+                options.images,
+                options.prompts,
+                recipes,
+                jobs.executor(options),
+                options.batch_size,
+                lambda name, done, total: show(name, f"score {name}", done, total),
+            )
+        out = options.out or options.images / "scores.parquet"
+        scoring.write_parquet(scores, out)
+        found = scores.summary()
+        for text in columns([list(found[0]), *([scoring.cell(value) for value in line.values()] for line in found)]):
+            screen.say(text)
+        screen.say(f"{len(scores.rows)} images, every value in {out}")
+        screen.give({"scorers": found, "file": out})
+        return INCOMPLETE if scores.failures else COMPLETE
+
+    return run
+
+
+def verb_serve(parser: argparse.ArgumentParser) -> Run:
+    """Serve scorers over HTTP to the scorer `remote` of other processes and machines, until interrupted."""
+    what = parser.add_argument_group("what")
+    what.add_argument("--scorers", required=True, metavar="NAME[,NAME]", help="as `mmalign ls scorers` lists them")
+    what.add_argument("--set", action="append", default=[], metavar="SCORER.OPTION=VALUE", help="an option of a scorer")
+    how = parser.add_argument_group("how (beyond this machine only with a token, read from MMALIGN_TOKEN)")
+    how.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: %(default)s, this machine)")
+    how.add_argument("--port", type=int, default=8190, metavar="N", help="0 takes a free one (default: %(default)s)")
+    how.add_argument("--batch-size", type=int, default=16, metavar="N", help="items a scorer gets at once (default: %(default)s)")
+    how.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for one request (default: %(default)s)")
+    how.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda:0 or auto (default: %(default)s)")
+
+    def run(options: argparse.Namespace, screen: Screen) -> int:
+        from mmalign import jobs, serve
+
+        recipes = jobs.scorer_recipes(options)
+        settings = serve.Settings(options.host, options.port, batch_size=options.batch_size, timeout=options.timeout)
+
+        def ready(server: serve.Server) -> None:
+            screen.say(f"serving {', '.join(recipes)} at {server.url} (Ctrl-C ends it)")
+
+        try:
+            serve.serve(recipes, settings, jobs.devices(options.device)[0], ready)
+        except KeyboardInterrupt:
+            screen.say("ended")
+        screen.give({"served": list(recipes)})
+        return COMPLETE
+
+    return run
+
+
 def verb_train(parser: argparse.ArgumentParser) -> Run:
     """Train a checkpoint with a method and a reward, or continue where the run stopped; --then-eval measures it beside its base.
 
@@ -271,6 +339,10 @@ def verb_report(parser: argparse.ArgumentParser) -> Run:
 def verb_doctor(parser: argparse.ArgumentParser) -> Run:
     """Environment, cores, GPUs, packages; which suites, scorers and models run here; the commands that fix the rest."""
     parser.add_argument("--deep", action="store_true", help="also import torch, its companions and every registered file")
+    parser.add_argument(
+        "--scorers", nargs="?", const="all", metavar="NAME[,NAME]", help="also load scorers (all) and let each judge a picture"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="SCORER.OPTION=VALUE", help="an option of a scorer (--scorers)")
 
     def run(options: argparse.Namespace, screen: Screen) -> int:
         from mmalign import doctor
@@ -278,6 +350,10 @@ def verb_doctor(parser: argparse.ArgumentParser) -> Run:
         found = doctor.examine(options.plug, options.deep)
         for line in doctor.lines(found):
             screen.say(line)
+        if options.scorers is not None:
+            found["scorers_tried"] = _try_scorers(options)
+            for line in columns(list(found["scorers_tried"].items())):
+                screen.say(line)
         screen.give(found)
         return COMPLETE if found["is_sound"] else ERROR
 
@@ -312,6 +388,13 @@ def verb_data(parser: argparse.ArgumentParser) -> Run:
 
 
 # -- shared by verbs that run something ---------------------------------------------------------------------------------------------
+
+
+def _try_scorers(options: argparse.Namespace) -> dict[str, str]:
+    from mmalign import executors, jobs, scoring
+
+    one = executors.Processes(workers=1, devices=jobs.devices("auto")[:1])
+    return scoring.self_test(jobs.scorer_recipes(options), one)
 
 
 def _announce(made: Sequence[Job], where: str, results: Path, screen: Screen) -> None:

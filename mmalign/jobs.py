@@ -65,6 +65,18 @@ def scorer_recipe(name: str, sets: Sets, plugs: Sequence[Path]) -> Recipe:
     return Recipe(entry, sets.get(entry.name, {}))
 
 
+def scorer_recipes(options: argparse.Namespace) -> dict[str, Recipe]:
+    """The scorers that --scorers names ("all": every one), with what --set says of them."""
+    typed = [part for part in options.scorers.split(",") if part.strip()]
+    listed = list(registry.entries("scorers", options.plug)) if typed == ["all"] else typed
+    sets = config.parse_sets(options.set)
+    recipes = {(made := scorer_recipe(name, sets, options.plug)).entry.name: made for name in listed}
+    if not recipes:
+        raise UsageError("--scorers names none; expected names such as hpsv2,ocr (`mmalign ls scorers`).")
+    config.check_roots(sets, recipes)
+    return recipes
+
+
 def executor(options: argparse.Namespace) -> Executor:
     """Worker processes: one per core on a CPU, one per GPU otherwise; -j decides differently. `inline` runs in this process."""
     places = devices(options.device)

@@ -17,6 +17,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_evaluation_options(parser, what)
 
 
+def add_worker_options(how: Any) -> None:
+    """The options of how work is run."""
+    how.add_argument("-j", "--jobs", type=_positive, metavar="N", help="worker processes (default: one per core, or one per GPU)")
+    how.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="items a worker gets at once (default: %(default)s)")
+    how.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="per item, then it fails (default: %(default)s)")
+    how.add_argument("--device", default="auto", metavar="DEVICE[,DEVICE]", help="cpu, cuda:0,cuda:1 or auto (default: %(default)s)")
+    how.add_argument("--executor", choices=("processes", "inline"), default="processes", help="inline: in this process, for debugging")
+
+
 def add_evaluation_options(parser: argparse.ArgumentParser, what: Any) -> None:
     """How suites are run, whichever verb runs them."""
     what.add_argument("--split", default="test", help="split of the suite (default: %(default)s)")
@@ -28,12 +37,8 @@ def add_evaluation_options(parser: argparse.ArgumentParser, what: Any) -> None:
     what.add_argument("--model-extra", action=Extras, default={}, metavar="NAME=PATH", help="a further checkpoint that the family needs")
     how = parser.add_argument_group("how (none of it changes a number, except --dtype and --device where the result says so)")
     how.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where results are kept (default: %(default)s)")
-    how.add_argument("-j", "--jobs", type=_positive, metavar="N", help="worker processes (default: one per core, or one per GPU)")
-    how.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="items a worker gets at once (default: %(default)s)")
-    how.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="per item, then it fails (default: %(default)s)")
-    how.add_argument("--device", default="auto", metavar="DEVICE[,DEVICE]", help="cpu, cuda:0,cuda:1 or auto (default: %(default)s)")
+    add_worker_options(how)
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
-    how.add_argument("--executor", choices=("processes", "inline"), default="processes", help="inline: in this process, for debugging")
 
 
 class Parser(argparse.ArgumentParser):

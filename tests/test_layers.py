@@ -11,8 +11,8 @@ LAYERS = [
     {"shim", "types"},
     {"registry", "config", "store", "stats", "images", "results", "figures", "screen", "provenance", "pages"},
     {"data", "hub", "judge", "worker", "executors", "evaluate", "gallery"}
-    | {"reward", "attribution", "grpo", "sde", "trajectory", "loop", "distributed"},
-    {"models", "scorers", "testbed"},
+    | {"remote", "serve", "scoring", "reward", "attribution", "grpo", "sde", "trajectory", "loop", "distributed"},
+    {"models", "scorers", "testbed", "adapters"},
     {"evaluators", "trainers"},
     {"leaderboards", "tables", "report"},
     {"doctor", "explain", "jobs", "options", "cli", "__main__"},

@@ -1,0 +1,262 @@
+"""The judge's client against a real local server that replays answers: good ones, faults that pass, faults that stay, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import tiny_questions as tiny
+
+from mmalign.config import Secret
+from mmalign.judge import Endpoint, Judge, Question, Reply, json_in, read
+from mmalign.scorers import unifiedreward
+from mmalign.types import Failure, MmalignError, Value
+
+Answer = Callable[[dict[str, Any], int], tuple[int, Any, float]]  # (request, its number) -> status, body, seconds to wait
+
+
+def said(text: str | None, finish: str = "stop", model: str = "judge-2026-01-01", **message: Any) -> tuple[int, Any, float]:
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
+    usage = {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
+    return 200, {"id": "1", "object": "chat.completion", "created": 1, "model": model, "choices": [choice], "usage": usage}, 0.0
+
+
+class Replay:
+    """An OpenAI-compatible server whose answers a test writes."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str] = []
+        lock, closing = threading.Lock(), threading.Event()
+        replay = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    replay.requests.append(body)
+                    replay.keys.append(self.headers["Authorization"])
+                    number = len(replay.requests)
+                status, content, seconds = answer(body, number)
+                closing.wait(seconds)
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                if status == 429:
+                    self.send_header("Retry-After", "0")
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        self.closing = closing
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def close(self) -> None:
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def replay() -> Iterator[Callable[[Answer], Replay]]:
+    opened: list[Replay] = []
+
+    def open_one(answer: Answer) -> Replay:
+        opened.append(Replay(answer))
+        return opened[-1]
+
+    yield open_one
+    for server in opened:
+        server.close()
+
+
+def judge(server: Replay, **options: Any) -> Judge:
+    return Judge(Endpoint(**{"model": "judge", "base_url": server.url, "pause": 0.01, "retries": 2, "timeout": 30.0} | options))
+
+
+def ask_one(server: Replay, **options: Any) -> Reply | Failure:
+    return judge(server, **options).ask([Question("how good?")])[0]
+
+
+def test_a_reply_carries_text_model_and_tokens_and_the_request_is_as_written(replay):
+    server = replay(lambda body, number: said("fine"))
+    asked = judge(server, extra={"chat_template_kwargs": {"enable_thinking": False}}, max_tokens=7)
+    (reply,) = asked.ask([Question("how good?", (tiny.picture(1),), system="be brief")])
+    assert reply == Reply("fine", "judge-2026-01-01", 11, 5, False, 1)
+    (body,) = server.requests
+    assert body["temperature"] == 0 and body["max_tokens"] == 7 and body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    image, text = body["messages"][1]["content"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR") and text == {"type": "text", "text": "how good?"}
+    assert (asked.usage.questions, asked.usage.prompt_tokens, asked.usage.answer_tokens) == (1, 11, 5)
+    assert asked.usage.models == {"judge-2026-01-01": 1}
+
+
+def test_many_questions_keep_their_order_and_run_at_once(replay):
+    barrier = threading.Barrier(4, timeout=20)
+
+    def answer(body: dict[str, Any], number: int) -> tuple[int, Any, float]:
+        if number <= 4:
+            barrier.wait()  # passes only when four questions are under way together
+        return said(body["messages"][-1]["content"][-1]["text"])
+
+    server = replay(answer)
+    replies = judge(server, concurrency=4).ask([Question(f"question {number}") for number in range(9)])
+    assert [reply.text for reply in replies] == [f"question {number}" for number in range(9)]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_passing_fault_is_retried(replay, status):
+    server = replay(lambda body, number: (status, {"error": {"message": "busy"}}, 0.0) if number < 3 else said("fine"))
+    reply = ask_one(server)
+    assert isinstance(reply, Reply) and reply.attempts == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        ((429, {"error": {"message": "busy"}}, 0.0), "error", r"answered 429 \(3 attempts\)"),
+        ((500, b"<html>broken</html>", 0.0), "error", r"answered 500 \(3 attempts\)"),
+        ((200, b'{"choices": [', 0.0), "parse", "no chat completion"),
+        ((200, {"object": "chat.completion", "choices": []}, 0.0), "parse", "no choices"),
+        (said(""), "parse", "empty reply"),
+        (said(None), "parse", "empty reply"),
+        (said(None, refusal="No."), "refusal", "declined: No."),
+        (said("I", finish="content_filter"), "refusal", "filter"),
+        ((400, {"error": {"code": "content_policy_violation", "message": "no"}}, 0.0), "refusal", "filtered the question"),
+        ((400, {"error": {"message": "too long"}}, 0.0), "error", "answered 400"),
+    ],
+)
+def test_a_lasting_fault_is_typed(replay, answer, kind, words):
+    failure = ask_one(replay(lambda body, number: answer))
+    assert isinstance(failure, Failure) and failure.kind == kind
+    assert re.search(words, failure.message), failure.message
+
+
+def test_a_slow_judge_costs_its_own_question_only(replay):
+    def answer(body: dict[str, Any], number: int) -> tuple[int, Any, float]:
+        text = body["messages"][-1]["content"][-1]["text"]
+        return (*said(text)[:2], 30.0 if text == "slow" else 0.0)
+
+    quick, slow = judge(replay(answer), timeout=0.5, retries=1).ask([Question("quick"), Question("slow")])
+    assert isinstance(quick, Reply) and isinstance(slow, Failure)
+    assert slow.kind == "timeout" and "within 0.5 s (2 attempts)" in slow.message
+
+
+def test_an_absent_server_is_a_failure_per_question(replay):
+    server = replay(lambda body, number: said("x"))
+    server.close()
+    failures = judge(server, retries=1).ask([Question("a"), Question("b")])
+    assert [failure.kind for failure in failures] == ["error", "error"] and "cannot be reached (2 attempts)" in failures[0].message
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_what_no_retry_mends_ends_the_run(replay, status):
+    server = replay(lambda body, number: (status, {"error": {"message": "no such model"}}, 0.0))
+    with pytest.raises(MmalignError, match=f"refuses: {status}"):
+        judge(server).ask([Question("x")])
+    assert len(server.requests) == 1
+
+
+def test_the_key_is_sent_when_there_is_one_and_is_needed_for_openai(replay, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    server = replay(lambda body, number: said("x"))
+    ask_one(server, key=Secret("SOME_KEY"))
+    monkeypatch.setenv("SOME_KEY", "abc-123-secret")
+    ask_one(server, key=Secret("SOME_KEY"))
+    assert server.keys == ["Bearer none", "Bearer abc-123-secret"]
+    monkeypatch.delenv("SOME_KEY")
+    with pytest.raises(MmalignError, match="SOME_KEY is not set"):
+        Judge(Endpoint("gpt-4o", key=Secret("SOME_KEY"))).ask([Question("x")])
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("I'm sorry, but I can't assist with that request.", "refusal"),
+        ("I cannot evaluate this image as it shows harm", "refusal"),
+        ("The score is high", "parse"),
+        ('{"score": 3', "parse"),
+    ],
+)
+def test_what_cannot_be_read_keeps_the_raw_reply(text, kind):
+    failure = read(Reply(text, "m", is_cut=True), lambda reply: json_in(reply)["score"])
+    assert isinstance(failure, Failure) and failure.kind == kind and text in failure.message
+    assert kind == "refusal" or "cut at max_tokens" in failure.message
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', 'Sure:\n```json\n{"a": 1}\n```', 'I think {"a": 1} it is', '```\n{"a": 1}```'])
+def test_json_is_found_where_judges_put_it(text):
+    assert json_in(text) == {"a": 1}
+
+
+def test_read_passes_values_and_failures_through():
+    assert read(Reply("7", "m"), int) == 7
+    hole = Failure("score", "timeout", "x")
+    assert read(hole, int) is hole
+
+
+# -- UnifiedReward
+
+
+def scorer(server: Replay, **options: Any) -> unifiedreward.UnifiedReward:
+    return unifiedreward.load(unifiedreward.Config(**{"base_url": server.url, "retries": 1, "pause": 0.01, "timeout": 30.0} | options))
+
+
+GOOD = "Alignment Score (1-5): 2.694700002670288\nCoherence Score (1-5): 2.5\nStyle Score (1-5): 4"
+
+
+def test_unifiedreward_2_reads_three_ratings(replay):
+    server = replay(lambda body, number: said(GOOD))
+    (value,) = scorer(server).score([tiny.sample("a {red} car", 1)])
+    assert value.parts == {"alignment": 2.694700002670288, "coherence": 2.5, "style": 4.0}
+    assert value.x == pytest.approx((2.694700002670288 + 2.5 + 4) / 15) and value.detail.startswith("judge-2026-01-01: ")
+    (body,) = server.requests
+    assert body["model"] == "UnifiedReward" and body["temperature"] == 0 and body["max_tokens"] == 4096
+    image, text = body["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/jpeg;base64,") and text["text"].endswith("Text Caption: [a {red} car]")
+    assert scorer(server, rating="style").score([tiny.sample()])[0].x == 0.8
+
+
+def test_unifiedreward_1_reads_the_final_score(replay):
+    server = replay(lambda body, number: said("car (object): 1\nFinal Score: 4.25"))
+    (value,) = scorer(server, version="1.5").score([tiny.sample("a car", 1)])
+    assert value.x == pytest.approx(0.85) and value.parts == {"final": 4.25}
+    assert server.requests[0]["messages"][0]["content"][1]["text"].startswith(
+        "You are given a text caption and a generated image based on that"
+    )
+
+
+def test_unifiedreward_failures_are_typed_and_in_place(replay):
+    replies = {
+        "good": said(GOOD),
+        "half": said("Alignment Score (1-5): 3\nCoherence Sc", finish="length"),
+        "wild": said(GOOD.replace("4", "9")),
+        "sorry": said("I'm sorry, I can't help with evaluating this."),
+        "down": (500, {"error": {"message": "x"}}, 0.0),
+    }
+
+    def answer(body: dict[str, Any], number: int) -> tuple[int, Any, float]:
+        text = body["messages"][0]["content"][1]["text"]
+        return next(reply for word, reply in replies.items() if f"[{word}]" in text)
+
+    samples = [tiny.sample(word, number) for number, word in enumerate(replies)] + [
+        tiny.sample("", 9),
+        tiny.sample("x", 10, image=np.zeros((1, 1, 3), np.uint8)),
+    ]
+    scores = scorer(replay(answer)).score(samples)
+    assert isinstance(scores[0], Value)
+    assert [score.kind for score in scores[1:]] == ["parse", "parse", "refusal", "error", "missing", "error"]
+    assert "cut at max_tokens" in scores[1].message and "Coherence Sc" in scores[1].message
