@@ -52,7 +52,9 @@ def training(options: argparse.Namespace) -> Training:
     spec, model = jobs.model_recipe(options, sets)
     recipe = options.config or bundled_recipe(entry, spec)
     chosen = dict(config.load_yaml(recipe) or {}) if recipe else {}
-    common = {name: chosen.pop(name, None) for name in ("reward", "prompts", "panel")}
+    common = {name: chosen.pop(name, None) for name in ("reward", "prompts", "panel", "options")}
+    for root, values in (common["options"] or {}).items():
+        sets[root] = {**{name: str(value) for name, value in values.items()}, **sets.get(root, {})}
     typed = {**flags(options.rest), **sets.pop(entry.name, {})}
     made = config.build(module.Config, {**chosen, **typed}, entry.name)
     text = options.reward or common["reward"] or module.REWARD

@@ -36,10 +36,10 @@ class Recipe:
     codes: int = 256
     width: int = 192
     layers: int = 4
-    vq_steps: int = 1100
+    vq_steps: int = 1500
     vq_batch: int = 32
     steps: int = 3000
-    batch: int = 48
+    batch: int = 64
     wrong: float = 0.35
     planned: float = 0.3
     no_text: float = 0.1
@@ -91,7 +91,11 @@ def make_model(recipe: Recipe, tokenizer):
 
 def pixels_of(scenes: list[Scene], seed: int) -> torch.Tensor:
     """Pictures of scenes as the model sees them: [B, 3, 32, 32] in [-1, 1]."""
-    return rearrange(torch.from_numpy(render(scenes, seed)), "b h w c -> b c h w").float() / 127.5 - 1
+    return _to_model(render(scenes, seed))
+
+
+def _to_model(pictures_BHWC: np.ndarray) -> torch.Tensor:
+    return rearrange(torch.from_numpy(pictures_BHWC), "b h w c -> b c h w").float() / 127.5 - 1
 
 
 def encode(vq, x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -109,23 +113,38 @@ def reconstruct(vq, vectors_BND: torch.Tensor) -> torch.Tensor:
     return vq.decoder(vq.post_quant_conv(rearrange(vectors_BND, "b (h w) d -> b d h w", h=side, w=side)))
 
 
-def train_vq(model, recipe: Recipe, work: Path) -> None:
-    """Vector-quantised autoencoder with unit-length codes and straight-through gradients; unused codes move to random patches.
+def local_vectors(vq, scenes: list[Scene], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Code vectors that each depend on what stands in their own place alone, those of the whole pictures, and the pictures.
 
-    Attention and group norms let a code depend on the whole picture, which makes codes hard to predict one by one. So each picture is
-    also shown with some of its things removed, and codes of places that look the same in both must agree.
+    Attention and group norms let a code carry anything about the whole picture, and a tokenizer that is free to do so spreads a thing's
+    colour over the background: codes that look the same differ, and a language model cannot predict them. So a place that one
+    thing touches takes its vector from a picture of that thing alone, an empty place from the empty board; only where two things meet
+    in one patch does the whole picture decide.
     """
+    owners = [number for number, scene in enumerate(scenes) for _ in scene]
+    alone = [(thing,) for scene in scenes for thing in scene]
+    x_BCHW = pixels_of(scenes, seed)
+    solo_TCHW = _to_model(render(alone, seed, owners))
+    blank_1CHW = pixels_of([()], seed)
+    whole_BND, solo_TND, blank_1ND = encode(vq, torch.cat([x_BCHW, solo_TCHW, blank_1CHW])).float().split([len(scenes), len(alone), 1])
+    touched_TN = rearrange((solo_TCHW != blank_1CHW).any(1), "t (h i) (w j) -> t (h w) (i j)", i=PATCH, j=PATCH).any(-1)
+    owner_T = torch.tensor(owners)
+    count_BN = torch.zeros(whole_BND.shape[:2]).index_add(0, owner_T, touched_TN.float())
+    sum_BND = torch.zeros_like(whole_BND).index_add(0, owner_T, solo_TND * touched_TN[..., None])
+    local_BND = torch.where((count_BN == 0)[..., None], blank_1ND, torch.where((count_BN == 1)[..., None], sum_BND, whole_BND))
+    return local_BND, whole_BND, x_BCHW
+
+
+def train_vq(model, recipe: Recipe, work: Path) -> None:
+    """Vector-quantised autoencoder with unit-length codes and straight-through gradients, on local vectors; the vectors of whole pictures
+    learn to choose the same codes. Unused codes move to places that no code serves."""
     vq = model.model.vqmodel
     usage = torch.zeros(recipe.codes)
 
     def loss_of(step: int):
         scenes = [drawing.scene for drawing in corpus.drawings(10_000_000 + step, recipe.vq_batch, recipe.wrong, 0.0)]
-        keep = np.random.default_rng([recipe.seed, step]).random((len(scenes), 9)) < 0.5
-        fewer = [tuple(t for t, stays in zip(scene, row, strict=False) if stays) for scene, row in zip(scenes, keep, strict=True)]
-        x_BCHW, other_BCHW = pixels_of(scenes, step), pixels_of(fewer, step)
         with torch.autocast("cpu", torch.bfloat16):
-            z_BND = encode(vq, x_BCHW).float()
-            other_BND = encode(vq, other_BCHW).float()
+            z_BND, whole_BND, x_BCHW = local_vectors(vq, scenes, step)
             codes_BN = nearest(vq, z_BND)
             q_BND = F.normalize(vq.quantize.embedding(codes_BN), dim=-1)
             decoded = reconstruct(vq, z_BND + (q_BND - z_BND).detach()).float()
@@ -135,20 +154,13 @@ def train_vq(model, recipe: Recipe, work: Path) -> None:
         error = (decoded - x_BCHW).abs()
         fit_loss = error.mean() + (error**2).mean() * 4
         code_loss = (q_BND - z_BND.detach()).pow(2).sum(-1).mean() + 0.25 * (q_BND.detach() - z_BND).pow(2).sum(-1).mean()
-        same_BN = _unchanged(x_BCHW, other_BCHW)
-        drift = ((other_BND - q_BND.detach()).pow(2).sum(-1) * same_BN).sum() / same_BN.sum().clamp(min=1)
-        agree = float(((codes_BN == nearest(vq, other_BND)) & same_BN).sum() / same_BN.sum())
+        same_loss = (whole_BND - q_BND.detach()).pow(2).sum(-1).mean()
+        agree = float((codes_BN == nearest(vq, whole_BND.detach())).float().mean())
         figures = {"error": round(float(error.mean().detach()), 5), "agree": round(agree, 3), "codes_used": int((usage > 0.5).sum())}
-        return fit_loss + 0.5 * code_loss + 2 * drift, figures
+        return fit_loss + 0.5 * code_loss + 0.5 * same_loss, figures
 
     fit("vq", work, vq.parameters(), {"vq": vq}, loss_of, recipe.vq_steps, 2e-3)
     vq.requires_grad_(False)
-
-
-def _unchanged(x_BCHW: torch.Tensor, other_BCHW: torch.Tensor) -> torch.Tensor:
-    """Patches [B, N] that are equal in both pictures, with the two pixels around them."""
-    differs = (x_BCHW != other_BCHW).any(1, keepdim=True).float()
-    return rearrange(F.max_pool2d(F.pad(differs, (2, 2, 2, 2)), PATCH + 4, PATCH) == 0, "b 1 h w -> b (h w)")
 
 
 @torch.no_grad()
@@ -188,8 +200,8 @@ def drawing_loss(model, tokenizer, recipe: Recipe, step: int) -> torch.Tensor:
     kept = (tokenizer.bos_token_id, tokenizer.boi_token_id)
     blank = np.random.default_rng([recipe.seed, step]).random(len(rows)) < recipe.no_text
     rows = [[t if t in kept else tokenizer.pad_token_id for t in row] if empty else row for row, empty in zip(rows, blank, strict=True)]
-    with torch.no_grad():
-        codes = nearest(model.model.vqmodel, encode(model.model.vqmodel, pixels_of([e.scene for e in examples], step)))
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):  # in half precision the nearest code is another one now and then
+        codes = nearest(model.model.vqmodel, local_vectors(model.model.vqmodel, [e.scene for e in examples], step)[0])
     ids = _pad([row + [tokenizer.image_token_id] * (TOKENS - 1) for row in rows], tokenizer.pad_token_id)
     places = ids == tokenizer.image_token_id
     drawn = model.prepare_embeddings_for_image_generation(codes[:, :-1])
@@ -251,8 +263,8 @@ def train_language(model, tokenizer, recipe: Recipe, work: Path) -> None:
     def loss_of(step: int):
         with torch.autocast("cpu", torch.bfloat16):
             draw = drawing_loss(model, tokenizer, recipe, step)
-            answer = answering_loss(model, tokenizer, recipe, step, recipe.batch // 2)
-            plan = planning_loss(model, tokenizer, recipe, step, recipe.batch // 4)
+            answer = answering_loss(model, tokenizer, recipe, step, recipe.batch // 5)
+            plan = planning_loss(model, tokenizer, recipe, step, recipe.batch // 10)
         figures = {"draw": draw, "answer": answer, "plan": plan}
         return draw + answer + 0.5 * plan, {name: round(float(value.detach()), 4) for name, value in figures.items()}
 

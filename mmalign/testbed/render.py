@@ -46,17 +46,18 @@ def _coverage(shape: str, size: str, dx: int, dy: int) -> np.ndarray:
     return inside.reshape(CELL, _FINE, CELL, _FINE).mean((1, 3))
 
 
-def render(scenes: Sequence[Scene], seed: int = 0) -> np.ndarray:
-    """Pictures [B, 32, 32, 3], uint8. Small things sit up to one pixel off their cell's centre, by (seed, picture, cell) alone."""
+def render(scenes: Sequence[Scene], seed: int = 0, numbers: Sequence[int] | None = None) -> np.ndarray:
+    """Pictures [B, 32, 32, 3], uint8. Small things sit up to one pixel off their cell's centre, by (seed, picture's number, cell) alone,
+    so that a thing can be drawn without its neighbours exactly where it stands among them."""
     names, alpha_TPP = templates()
     index = {name: i for i, name in enumerate(names)}
     pixels_BHWC = np.tile(BACKGROUND, (len(scenes), SIZE, SIZE, 1))
-    for number, scene in enumerate(scenes):
+    for place, (number, scene) in enumerate(zip(numbers or range(len(scenes)), scenes, strict=True)):
         for thing in scene:
             rng = Random(f"{seed}/{number}/{thing.row}{thing.column}")
             dx, dy = rng.choice(JITTER[thing.size]), rng.choice(JITTER[thing.size])
             alpha = alpha_TPP[index[thing.shape, thing.size, dx, dy]][..., None]
             top, left = MARGIN + CELL * thing.row, MARGIN + CELL * thing.column
-            cell = pixels_BHWC[number, top : top + CELL, left : left + CELL]
+            cell = pixels_BHWC[place, top : top + CELL, left : left + CELL]
             cell += alpha * (PALETTE[COLORS.index(thing.color)] - BACKGROUND)
     return pixels_BHWC.round().clip(0, 255).astype(np.uint8)
