@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmalign.attribution.maps import entropy, normalise, resize_area, resize_bilinear, token_weights, top_mass
+from mmalign.attribution.maps import entropy, normalise, overlay, resize_area, resize_bilinear, token_weights, top_mass
 from mmalign.types import UsageError
 
 
@@ -87,3 +87,13 @@ def test_token_weights_refuse_credit_and_lambdas_that_turn_signs() -> None:
         token_weights(torch.tensor([[[-1.0, 2.0]]]), 0.1)
     with pytest.raises(UsageError, match="lambda is -1.5"):
         token_weights(torch.zeros(1, 2, 2), -1.5)
+
+
+def test_the_overlay_is_grey_at_zero_and_reddest_at_one() -> None:
+    image = torch.full((8, 8, 3), 100, dtype=torch.uint8).numpy()
+    image[..., 2] = 160
+    weights = torch.zeros(2, 2)
+    weights[0, 0] = 1
+    shown = overlay(image, weights)
+    assert shown.shape == (8, 8, 3) and shown[7, 7].tolist() == [120, 120, 120]
+    assert shown[0, 0].tolist() == [120 + round(0.6 * 135), 120 - round(0.6 * 90), 120 - round(0.6 * 120)]

@@ -21,7 +21,7 @@ from mmalign.attribution.fast_shap import VARIANTS, FastShap, fast_shap
 from mmalign.attribution.game import BlurGame, DropGame, Game, Masking
 from mmalign.attribution.gradcam import gradcam
 from mmalign.attribution.lime import Lime, lime
-from mmalign.attribution.maps import Maps, Rule, entropy, normalise, resize_area, resize_bilinear, token_weights, top_mass
+from mmalign.attribution.maps import Maps, Rule, entropy, normalise, overlay, resize_area, resize_bilinear, token_weights, top_mass
 from mmalign.attribution.protocol import ActivationScorer, BlackBox, FeatureScorer, GatedScorer, PixelScorer
 from mmalign.attribution.shap import Shap, expanded, shap
 from mmalign.types import Prompt, UsageError
@@ -45,6 +45,7 @@ __all__ = [
     "attribute",
     "entropy",
     "normalise",
+    "overlay",
     "resize_area",
     "token_weights",
     "top_mass",

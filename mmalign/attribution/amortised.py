@@ -87,15 +87,15 @@ class AmortisedHead:
         if self.scale is None:
             self.scale = float(answers.std().clamp(min=1e-12))
         signs = rearrange(bank, "p h w -> p (h w)").float() * 2 - 1
-        said = self.predict(part).flatten(1) @ signs.T
-        error = said - answers / self.scale
-        loss = (error[:, : self.config.pairs] ** 2).mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with torch.enable_grad():
+            said = self.predict(part).flatten(1) @ signs.T
+            loss = ((said - answers / self.scale)[:, : self.config.pairs] ** 2).mean()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
         self.optimizer.step()
         game.evaluations += part.evaluations * number / game.count
         self._watch(said[:, self.config.pairs :].detach(), answers[:, self.config.pairs :])
-        return {"loss": float(loss), "fidelity": self.fidelity}
+        return {"loss": float(loss.detach()), "fidelity": self.fidelity}
 
     def _watch(self, said: Tensor, answers: Tensor) -> None:
         pair = torch.stack([said.flatten(), answers.flatten()])

@@ -33,7 +33,7 @@ def _shortened(tokens_BND: Tensor, keep_RN: Tensor, index_R: Tensor) -> tuple[Te
     sizes_R = keep_RN.sum(1)
     longest = int(sizes_R.max())
     chosen_RL = keep_RN.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest] + 1
-    positions = torch.cat([torch.zeros_like(chosen_RL[:, :1]), chosen_RL], 1)
+    positions = torch.nn.functional.pad(chosen_RL, (1, 0))  # position 0 is the class token
     tokens_RLD = tokens_BND[index_R[:, None], positions]
     if int(sizes_R.min()) == longest:
         return tokens_RLD, None

@@ -94,6 +94,17 @@ def entropy(map_BDD: Tensor) -> Tensor:
     return -torch.xlogy(weights, weights).sum(1)
 
 
+def overlay(image_HWC: Any, map_DD: Tensor, strength: float = 0.6) -> Any:
+    """The picture (uint8 [H, W, 3]) under its map, uint8: grey where the weight is 0, towards red as it grows to 1."""
+    import numpy as np
+
+    image = np.asarray(image_HWC, np.float32)
+    weight = resize_bilinear(map_DD[None].float().cpu(), *image.shape[:2])[0].numpy()[:, :, None]
+    grey = image.mean(2, keepdims=True).repeat(3, 2)
+    shown = grey + strength * weight * (np.array([255, 30, 0], np.float32) - grey)
+    return shown.round().clip(0, 255).astype(np.uint8)
+
+
 def _to_one(map_BDD: Tensor) -> Tensor:
-    flat = map_BDD.flatten(1)
+    flat = map_BDD.flatten(1).double()
     return flat / flat.sum(1, keepdim=True)
