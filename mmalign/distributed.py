@@ -104,7 +104,12 @@ def shard(units: Iterable[nn.Module]) -> list[nn.Module]:
         return []
     from torch.distributed.fsdp import fully_shard
 
-    return [fully_shard(unit) for unit in units]
+    sharded: list = [fully_shard(unit) for unit in units]
+    for unit in reversed(sharded):
+        # FSDP2 takes the first module that runs for the root of what it holds. Here an inner one (the embedding) runs first, so roots
+        # are settled now, outermost first; there is no public call for it.
+        unit._get_fsdp_state()._lazy_init()
+    return sharded
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:

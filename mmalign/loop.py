@@ -149,12 +149,14 @@ class Loop:
     def rollout(self) -> Iterator[None]:
         """Inside, weights are whole on every process (samplers read them directly) and nothing records gradients."""
         for unit in self.sharded:
+            unit.set_reshard_after_forward(False, recurse=False)  # else a module would be gathered anew at each call, and texts differ in length
             unit.unshard()
         try:
             with torch.no_grad():
                 yield
         finally:
             for unit in self.sharded:
+                unit.set_reshard_after_forward(True, recurse=False)
                 unit.reshard()
 
     @contextmanager

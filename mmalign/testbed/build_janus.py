@@ -26,6 +26,7 @@ PATCH = 4
 TOKENS = (SIZE // PATCH) ** 2
 GUIDANCE = 3.0
 UNSERVED = 0.1  # 1 - cosine to the nearest code
+THING_WEIGHT = 4.0  # of a place with a thing in the drawing loss; an empty one weighs 1
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Recipe:
     layers: int = 4
     vq_steps: int = 1500
     vq_batch: int = 32
-    steps: int = 3000
+    steps: int = 2400
     batch: int = 64
-    wrong: float = 0.35
-    planned: float = 0.3
+    wrong: float = 0.25
+    planned: float = 0.5
     no_text: float = 0.1
 
 
@@ -210,7 +211,16 @@ def drawing_loss(model, tokenizer, recipe: Recipe, step: int) -> torch.Tensor:
     predicts = places.clone()
     predicts[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])] = True  # the last text token predicts the first code
     logits = model.model.generation_head(hidden_states(model, embeds)[predicts])
-    return F.cross_entropy(logits.float(), codes.flatten())
+    losses = F.cross_entropy(logits.float(), codes.flatten(), reduction="none")
+    # Most places are empty and soon predicted; what a text decides are the few places where a thing stands.
+    weight = 1 + (THING_WEIGHT - 1) * (codes != _empty_board(model.model.vqmodel)).flatten().float()
+    return (losses * weight).sum() / weight.sum()
+
+
+@torch.no_grad()
+def _empty_board(vq) -> torch.Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return nearest(vq, encode(vq, pixels_of([()], 0)))
 
 
 def answering_loss(model, tokenizer, recipe: Recipe, step: int, number: int) -> torch.Tensor:
@@ -263,8 +273,8 @@ def train_language(model, tokenizer, recipe: Recipe, work: Path) -> None:
     def loss_of(step: int):
         with torch.autocast("cpu", torch.bfloat16):
             draw = drawing_loss(model, tokenizer, recipe, step)
-            answer = answering_loss(model, tokenizer, recipe, step, recipe.batch // 5)
-            plan = planning_loss(model, tokenizer, recipe, step, recipe.batch // 10)
+            answer = answering_loss(model, tokenizer, recipe, step, recipe.batch // 8)
+            plan = planning_loss(model, tokenizer, recipe, step, recipe.batch // 16)
         figures = {"draw": draw, "answer": answer, "plan": plan}
         return draw + answer + 0.5 * plan, {name: round(float(value.detach()), 4) for name, value in figures.items()}
 
