@@ -106,7 +106,7 @@ def dot_plot(lines: Sequence[Line], series: Sequence[str], title: str) -> str:
         if len(line.dots) != len(series):
             raise ValueError(f"the line {line.name!r} has {len(line.dots)} dots, expected {len(series)} (one per model)")
     numbers = [x for line in lines for dot in line.dots if dot for x in dot.numbers]
-    marks = ticks(min([0.0, *numbers]), max([1.0, *numbers])) if _is_share(lines) else ticks(min(numbers), max(numbers))
+    marks = ticks(min([0.0, *numbers]), max([1.0, *numbers]), about=6) if _is_share(lines) else ticks(min(numbers), max(numbers))
     is_single = len(series) == 1
     left, right = LABEL_WIDTH, WIDTH - (VALUE_WIDTH if is_single else 16)
     line_height = LINE_HEIGHT if is_single else LANE_HEIGHT * len(series) + 12

@@ -59,6 +59,7 @@ def test_an_interval_beyond_its_range_stays_in_the_panel_and_on_the_axis() -> No
     lines = [Line("overall", (Dot(0.5, (0.4, 0.6)),)), Line("few prompts", (Dot(0.95, (0.7, 1.2)),))]
     assert len(panels(lines)) == 1
     figure = parse(dot_plot(lines, ["model"], "title"))
+    assert [text.text for text in figure.iter("text") if text.get("class") == "tick"] == ["0", "0.2", "0.4", "0.6", "0.8", "1", "1.2"]
     right = max(float(line.get("x1", "nan")) for line in figure.iter("line") if line.get("class") == "grid")
     assert all(float(line.get("x2", "nan")) <= right + 0.1 for line in figure.iter("line") if line.get("class") == "interval")
 
