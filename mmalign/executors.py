@@ -9,6 +9,7 @@ What can go wrong with a batch, and what becomes of it:
     no answer in time                                         the worker is killed and restarted, the items go singly
     the worker dies                                           once: the batch goes again; twice: the items go singly
     a single item                                             Failure at once, or after its third dead worker
+    workers die while loading beside others that work         after the third the run goes on with those others
 
 A model or scorer that cannot be loaded is an error of the run, raised once. Inline has no timeouts and cannot survive a crash.
 """
@@ -193,6 +194,7 @@ class ProcessSession:
         self._recipe, self._settings = recipe, settings
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
+        self._most_workers = settings.workers
         self._deaths_while_loading = 0
         self._description: Description | None = None
         try:
@@ -212,7 +214,7 @@ class ProcessSession:
     def run(self, items: Sequence[Any], batch: int) -> Iterator[Outcomes]:
         schedule = Schedule(len(items), batch, self._recipe.stage)
         while schedule or self._busy():
-            while len(self._workers) < min(self._settings.workers, len(schedule) + self._busy()):
+            while len(self._workers) < min(self._most_workers, len(schedule) + self._busy()):
                 self._start()
             self._feed(schedule, items)
             done = self._watch(schedule, items)
@@ -287,7 +289,9 @@ class ProcessSession:
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if not worker.is_ready:
             self._deaths_while_loading += 1
-            if self._deaths_while_loading >= CRASHES_WHILE_LOADING:
+            if self._deaths_while_loading >= CRASHES_WHILE_LOADING and any(other.is_ready for other in self._workers):
+                self._most_workers, self._deaths_while_loading = len(self._workers), 0  # the machine bears no more than these
+            elif self._deaths_while_loading >= CRASHES_WHILE_LOADING:
                 raise MmalignError(
                     f"The worker of the {self._recipe} died {CRASHES_WHILE_LOADING} times while loading ({cause}). SIGKILL often means "
                     "that memory ran out: try fewer workers (-j), a smaller dtype, or a machine with more memory."

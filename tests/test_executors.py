@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes.suite import make_weights, model_recipe, scorer_recipe, set_faults
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmalign.executors import CRASHES_OF_AN_ITEM, Executor, Inline, Processes, Schedule
@@ -171,6 +171,14 @@ def test_a_worker_that_dies_or_hangs_while_loading_is_an_error_of_the_run(tmp_pa
     assert multiprocessing.active_children() == []
 
 
+def test_workers_that_cannot_load_beside_a_working_one_are_given_up(tmp_path: Path) -> None:
+    weights = make_weights(tmp_path / "w")
+    with quick(2).open(model_recipe(weights)) as session:
+        set_faults(weights, {"load": "die", "delay": 0.5})
+        found = [position for outcomes in session.run(requests(*(f"p{n}" for n in range(20))), 1) for position, _ in outcomes]
+    assert sorted(found) == list(range(20))
+
+
 def test_weights_that_change_between_workers_stop_the_run(tmp_path: Path) -> None:
     weights = make_weights(tmp_path / "w", faults={"delay": 0.5})
     with quick(2).open(model_recipe(weights)) as session:
@@ -210,6 +218,7 @@ def is_running(process: int) -> bool:
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.sets(st.integers(0, 39)), st.data())
+@settings(deadline=None)
 def test_every_item_ends_once_and_only_the_guilty_fail(count: int, batch: int, guilty: set[int], data: st.DataObject) -> None:
     schedule = Schedule(count, batch, "score")
     found: dict[int, object] = {}

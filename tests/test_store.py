@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmalign import store as stores
@@ -260,6 +260,7 @@ def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypat
 
 
 @given(st.text(max_size=200))
+@settings(deadline=None)
 def test_a_slug_is_one_visible_path_component(name: str) -> None:
     made = slug(name)
     assert made and "/" not in made and "\\" not in made and "\0" not in made and not made.startswith(".") and len(made) < 100

@@ -1,4 +1,7 @@
-"""A driver to be killed: evaluates the test suite with worker processes and prints a line for each step that is saved."""
+"""A driver to be killed: evaluates the test suite with worker processes, in step with whoever reads its lines.
+
+It prints a line for each step that is saved and goes on when it gets a line back, or freely once its standard input is closed.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from mmalign.executors import Processes
 def show(progress: Progress) -> None:
     sys.stdout.write(f"{progress.stage} {progress.done} {progress.total}\n")
     sys.stdout.flush()
+    sys.stdin.readline()
 
 
 if __name__ == "__main__":
