@@ -24,7 +24,7 @@ from mmalign.testbed.world import Scene
 
 PATCH = 4
 TOKENS = (SIZE // PATCH) ** 2
-GUIDANCE = 3.0
+GUIDANCE = 1.5
 UNSERVED = 0.1  # 1 - cosine to the nearest code
 THING_WEIGHT = 4.0  # of a place with a thing in the drawing loss; an empty one weighs 1
 
@@ -39,7 +39,7 @@ class Recipe:
     layers: int = 4
     vq_steps: int = 1500
     vq_batch: int = 32
-    steps: int = 2400
+    steps: int = 1800
     batch: int = 64
     wrong: float = 0.25
     planned: float = 0.5
