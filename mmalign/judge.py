@@ -39,6 +39,7 @@ class Endpoint:
     """Where the judge is and how it is asked. `base_url` "" is OpenAI's own; a local server needs no key.
 
     `timeout`: seconds for one attempt; `patience`: for a question with all its attempts. `extra`: further fields of the request's body.
+    `top_logprobs`: how many likeliest first tokens a reply names with their log-probabilities.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Endpoint:
     retries: int = 6
     pause: float = 1.0
     max_pause: float = 60.0
+    top_logprobs: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -75,6 +77,7 @@ class Reply:
     answer_tokens: int = 0
     is_cut: bool = False
     attempts: int = 1
+    first_token: Mapping[str, float] = field(default_factory=dict)  # text -> log-probability, when top_logprobs asks for it
 
 
 @dataclass
@@ -165,6 +168,7 @@ class Judge:
             temperature=endpoint.temperature,
             max_tokens=endpoint.max_tokens,
             extra_body=dict(endpoint.extra) or None,
+            **({"logprobs": True, "top_logprobs": endpoint.top_logprobs} if endpoint.top_logprobs else {}),
         )
 
     def _count(self, reply: Reply | Failure) -> Reply | Failure:
@@ -233,7 +237,17 @@ def _reply(answer: Any, attempts: int) -> Reply | Failure:
     if not (choice.message.content or "").strip():
         return Failure("score", "parse", f"The judge {model} gave an empty reply (finish reason: {choice.finish_reason}).")
     counts = (getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0)
-    return Reply(choice.message.content, model, *counts, choice.finish_reason == "length", attempts)
+    return Reply(choice.message.content, model, *counts, choice.finish_reason == "length", attempts, _first_token(choice))
+
+
+def _first_token(choice: Any) -> dict[str, float]:
+    """The likeliest first tokens; the more likely of two that differ in a leading blank counts."""
+    listed = getattr(getattr(choice, "logprobs", None), "content", None) or []
+    found: dict[str, float] = {}
+    for token in getattr(listed[0], "top_logprobs", None) or [] if listed else []:
+        text = token.token.strip()
+        found[text] = max(found.get(text, float("-inf")), float(token.logprob))
+    return found
 
 
 def _asked_pause(header: str | None, pause: float) -> float:

@@ -61,7 +61,8 @@ class DeqaServer:
         shown = [position for position, sample in enumerate(samples) if sample.image is not None]
         for start in range(0, len(shown), self.config.batch_size):
             batch = shown[start : start + self.config.batch_size]
-            found = self.model.score([Image.fromarray(samples[position].image) for position in batch])
+            pictures: list[Any] = [samples[position].image for position in batch]
+            found = self.model.score([Image.fromarray(picture) for picture in pictures])
             ratings |= dict(zip(batch, (float(rating) for rating in found), strict=True))
         none = Failure("score", "missing", "the sample holds no image")
         return [Value(ratings[position]) if position in ratings else none for position in range(len(samples))]

@@ -35,7 +35,7 @@ class ClipT5(nn.Module):
 
     def encode_images(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Pixels to T5 embeddings [B, P, D]."""
-        states = self.vision(x_BCHW.to(self.projector[0].weight), output_hidden_states=True).hidden_states
+        states = self.vision(x_BCHW.to(next(self.projector.parameters())), output_hidden_states=True).hidden_states
         return self.projector(states[SELECTED_LAYER][:, 1:])
 
     def log_prob(self, images_BPD: torch.Tensor, before_BL: torch.Tensor, after_BL: torch.Tensor, answer_BL: torch.Tensor) -> torch.Tensor:

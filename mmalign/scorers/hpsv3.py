@@ -55,7 +55,7 @@ def load(config: Config = Config(), device: str = "cpu") -> HpsV3:
     words.add_special_tokens({"additional_special_tokens": [REWARD]})
     path = _weights.official_file(config.weights, "hpsv3.weights")
     state = {key: tensor for key, tensor in _weights.read_tensors(path).items() if key != "lm_head.weight"}
-    options = Qwen2VLConfig.from_pretrained(_folders.folder(config.base, "hpsv3.base", ("*.json", "*.txt")))
+    options: Any = Qwen2VLConfig.from_pretrained(_folders.folder(config.base, "hpsv3.base", ("*.json", "*.txt")))
     options.text_config.vocab_size = state["model.embed_tokens.weight"].shape[0]
     width, inner, narrow = options.text_config.hidden_size, state["rm_head.0.weight"].shape[0], state["rm_head.3.weight"].shape[0]
     head = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Dropout(0.05), nn.Linear(inner, narrow), nn.ReLU(), nn.Linear(narrow, 2))

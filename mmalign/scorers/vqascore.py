@@ -77,7 +77,7 @@ class VqaScore:
         room = CONTEXT - len(before) - 1  # the image counts as one token
         asked = [self.words(f"\n{self.config.question.replace('{}', item.text)} ASSISTANT: ").input_ids for item in items]
         scores: list[Score] = [Value(0.0)] * len(items)
-        device = self.model.projector[0].weight.device
+        device = next(self.model.projector.parameters()).device
         with torch.no_grad():
             pixels = torch.cat([self.preprocess.image(pad_square(item.pixels, FILL)) for item in items])
             images_BPD = self.model.encode_images(pixels)
