@@ -53,7 +53,8 @@ class Slow:
         if "raise" in texts:
             raise RuntimeError("broken for good")
         third = np.arange(6, dtype=np.float32).reshape(2, 3) / 3
-        return [Failure("score", "refusal", "no") if text == "refuse" else Value(0.1 + 0.2, {"n": len(text)}, third, text) for text in texts]
+        no = Failure("score", "refusal", "no")
+        return [no if text == "refuse" else Value(0.1 + 0.2, {"n": len(text)}, third, text) for text in texts]
 
 def load(config, device="cpu"):
     return Slow(config)
