@@ -97,7 +97,7 @@ def share(items: list, what: str = "prompts") -> list:
     return items[rank() * size : (rank() + 1) * size]
 
 
-def shard(units: Iterable[nn.Module]) -> list[nn.Module]:
+def shard(units: Iterable[nn.Module]) -> list[Any]:
     """FSDP2 over the given modules, inner ones first; returns them (none in one process). Every module that is called directly must be
     one of them, because FSDP2 gathers a module's parameters in its own forward."""
     if world() == 1:
@@ -118,7 +118,8 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole: dict[str, Any] = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return whole
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:

@@ -381,13 +381,44 @@ def _metrics(job: Job, made: Plan, rows: Sequence[Row]) -> dict[str, Metric]:
         measured = stats.metrics(
             scored, _finite(job.evaluator.aggregate), bootstrap=getattr(job.evaluator, "bootstrap", ()), higher_is_better=better
         )
+    ranges = {name: scorer.facts["range"] for name, scorer in made.scorers.items()}
+    measured = _within(measured, _possible(scored, _finite(job.evaluator.aggregate), ranges))
     undefined = Metric(None, None, None, 0, 0)
     measured.setdefault(job.card.headline, replace(undefined, higher_is_better=better[job.card.headline]))
     if len(scored) < len(rows):
-        ranges = {name: scorer.facts["range"] for name, scorer in made.scorers.items()}
         for name, span in stats.bounds(rows, _finite(job.evaluator.aggregate), ranges).items():
             measured[name] = replace(measured.get(name, undefined), bounds=span, higher_is_better=better.get(name, True))
     return measured
+
+
+def _possible(rows: Sequence[Row], aggregate: stats.Aggregate, ranges: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Between what every metric can lie at all: with all scores and their parts at the least, then at the greatest value."""
+    if not rows or not all(math.isfinite(end) for span in ranges.values() for end in span):
+        return {}
+
+    def at(end: int) -> Mapping[str, float | None]:
+        def filled(name: str, score: Any) -> Value:
+            return Value(ranges[name][end], dict.fromkeys(score.parts, ranges[name][end]))
+
+        return aggregate([replace(row, scores={name: filled(name, score) for name, score in row.scores.items()}) for row in rows])
+
+    low, high = at(0), at(1)
+    ends = {name: (one, other) for name, one in low.items() if one is not None and (other := high.get(name)) is not None}
+    return {name: (min(pair), max(pair)) for name, pair in ends.items()}
+
+
+def _within(measured: Mapping[str, Metric], possible: Mapping[str, tuple[float, float]]) -> dict[str, Metric]:
+    """Intervals cut at what is possible: a rate has no interval below 0."""
+
+    def cut(name: str, metric: Metric) -> Metric:
+        if metric.ci is None or metric.value is None or name not in possible:
+            return metric
+        low, high = possible[name]
+        if not low <= metric.value <= high:  # this aggregate does not rise with its scores, so its ends are elsewhere
+            return metric
+        return replace(metric, ci=(max(low, metric.ci[0]), min(high, metric.ci[1])))
+
+    return {name: cut(name, metric) for name, metric in measured.items()}
 
 
 def _finite(aggregate: Callable[[Sequence[Row]], Mapping[str, float | None]]) -> stats.Aggregate:

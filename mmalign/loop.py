@@ -41,7 +41,7 @@ class LoopConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     micro_batch: int = 32  # samples in one forward and backward; changes memory and speed, never the result's meaning
     lora_rank: int = 0  # 0: all trainable weights; else LoRA on the trainable linear layers
-    lora_alpha: float = 64.0
+    lora_alpha: int = 64
     ema: float = 0.0  # decay of the averaged weights that are saved and evaluated; 0: none
     autocast: Literal["none", "bfloat16", "float16"] = "none"
     gradient_checkpointing: bool = False
@@ -132,8 +132,8 @@ class Loop:
 
     def update(self) -> None:
         """One optimiser step on the accumulated gradients, clipped; then the average."""
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_norm)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        found: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_norm)
+        norm = float(found.full_tensor() if hasattr(found, "full_tensor") else found)
         if not math.isfinite(norm):
             bad = next((name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()), "?")
             raise MmalignError(f"Step {self.step}: the gradient of '{bad}' is not finite; the last whole state is in {self.run / 'state'}.")
@@ -149,7 +149,8 @@ class Loop:
     def rollout(self) -> Iterator[None]:
         """Inside, weights are whole on every process (samplers read them directly) and nothing records gradients."""
         for unit in self.sharded:
-            unit.set_reshard_after_forward(False, recurse=False)  # else a module would be gathered anew at each call, and texts differ in length
+            # Else a module would be gathered anew at each call, and the processes' texts differ in length.
+            unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         try:
             with torch.no_grad():
@@ -371,7 +372,7 @@ def _switch_lora(module: nn.Module, enabled: bool) -> None:
 def _merged_lora(module: nn.Module, config: LoopConfig) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)] if config.lora_rank else []
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)] if config.lora_rank else []
     kept = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     for layer in layers:
         layer.merge()

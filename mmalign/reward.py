@@ -76,7 +76,8 @@ class Reward:
         holes = [next((name, score) for name in scores if isinstance(score := scores[name][at], Failure)) for at in np.flatnonzero(~ok)]
         if len(holes) > self.max_failures * len(samples):
             raise _too_many(holes, len(samples), self.max_failures)
-        return RewardBatch(total, parts, clipped, ok, dict(self.weights), scores, dict(Counter(f"{name}/{hole.kind}" for name, hole in holes)))
+        failures = Counter(f"{name}/{hole.kind}" for name, hole in holes)
+        return RewardBatch(total, parts, clipped, ok, dict(self.weights), scores, dict(failures))
 
 
 def parse_weights(text: str) -> dict[str, float]:

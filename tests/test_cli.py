@@ -211,12 +211,19 @@ def test_interrupt_says_what_is_saved(say: Say, monkeypatch: pytest.MonkeyPatch)
     assert err.startswith("mmalign: Stopped in red_things. Saved in results/weights/red_things: 8 of 8 images. Continue: mmalign eval")
 
 
+def _heed_interrupts() -> None:
+    """A shell starts its background jobs with interrupts ignored, and what they start inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_on_a_real_run_leaves_no_traceback(say: Say, tmp_path: Path) -> None:
     pause = "        import time\n\n        import numpy as np\n\n        time.sleep(0.2)\n"
     (tmp_path / "flat.py").write_text(FILES["flat.py"].replace("        import numpy as np\n", pause))
     command = [sys.executable, "-m", "mmalign", "eval", *RED[:4], *PLUGS, "-j", "1", "--batch-size", "1", "--images-per-prompt", "200"]
     environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
-    run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    run = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True, preexec_fn=_heed_interrupts
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("results/weights/red_things/store/images/*/*.png")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -109,7 +109,8 @@ def test_clip_high_widens_one_side():
     for high, has_gradient in ((0.2, False), (0.4, True)):
         new.grad = None
         one = torch.ones(1, dtype=torch.float64)
-        grpo.surrogate(new, torch.zeros(1, 1).double(), one, torch.ones(1, 1, dtype=torch.bool), grpo.Objective(0.2, high, 0)).total.backward()
+        every, old = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1).double()
+        grpo.surrogate(new, old, one, every, grpo.Objective(0.2, high, 0)).total.backward()
         assert bool(new.grad.abs() > 0) is has_gradient
 
 

@@ -176,7 +176,7 @@ def test_student_t(freedom: int, critical: float) -> None:
     assert stats.student_t(0.95, freedom) == pytest.approx(critical, abs=1e-4)
 
 
-@given(st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=2, max_size=12).filter(lambda xs: any(x is not None for x in xs)), st.data())
+@given(st.lists(st.none() | st.floats(0, 1), min_size=2, max_size=12).filter(lambda xs: any(x is not None for x in xs)), st.data())
 @settings(max_examples=50, deadline=None)
 def test_bounds_hold_whatever_the_failed_rows_would_have_been(values: list[float | None], data: st.DataObject) -> None:
     rows = [row(f"p{n}", 0, x, "ab"[n % 2]) for n, x in enumerate(values)]

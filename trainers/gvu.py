@@ -32,7 +32,7 @@ class Config(ar.AutoregressiveConfig):
     steps: int = 12_000
     reasoning: bool = False
     lora_rank: int = 16
-    lora_alpha: float = 32.0
+    lora_alpha: int = 32
     teacher: Literal["live", "frozen"] = "live"
     question: str = "Describe the image."
     mean: Literal["geometric", "product", "arithmetic"] = "geometric"

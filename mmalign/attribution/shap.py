@@ -96,7 +96,8 @@ class _Search:
 
     def ask(self) -> np.ndarray:
         """Masks [n, h, w, c] of the most urgent expansions; none when the tree or the budget is exhausted."""
-        self.asked, masks = [], []
+        masks: list[np.ndarray] = []
+        self.asked = []
         while self.queue and len(masks) < self.batch and len(masks) < self.left:
             question = heapq.heappop(self.queue)[2]
             box, context, without, with_it, weight = question

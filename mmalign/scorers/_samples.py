@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mmalign.types import Failure, Sample, Score, Value
+from mmalign.types import Failure, Sample, Score
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ def score_in_batches(
     image: bool = True,
     text: TextSource | None = "prompt",
 ) -> list[Score]:
-    """One score per sample, in order: a Failure for what cannot be measured, else the value (or failure) that `measure` gives it in its batch.
+    """One score per sample, in order: a Failure for what cannot be measured, else what `measure` gives it in its batch.
 
     A value that is not finite becomes a Failure of kind nonfinite, whatever made it so (damaged weights, an overflow in half precision).
     """

@@ -48,7 +48,7 @@ def official_file(spec: str, option: str) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or torch file by name, from its "state_dict" or "model" where it has one; nothing but tensors is unpickled."""
+    """The tensors of a .safetensors or torch file, from its "state_dict" or "model" where it has one; nothing but tensors is unpickled."""
     import pickle
 
     import torch

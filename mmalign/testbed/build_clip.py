@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ def make_model(recipe: Recipe, tokenizer):
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
     torch.manual_seed(recipe.seed)
-    shape = {"hidden_size": recipe.width, "intermediate_size": 4 * recipe.width, "num_attention_heads": 4, "projection_dim": recipe.width}
+    shape: dict[str, Any] = {"hidden_size": recipe.width, "intermediate_size": 4 * recipe.width, "num_attention_heads": 4, "projection_dim": recipe.width}
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         num_hidden_layers=recipe.layers,

@@ -111,8 +111,9 @@ def check(head: torch.nn.ModuleDict, features: tuple[torch.Tensor, torch.Tensor]
     with torch.no_grad():
         scores_N2 = torch.stack([preference(head, image_N2D[:, side], text_ND) for side in (0, 1)], 1)
         mean, deviation = scores_N2.mean(), scores_N2.std()
-        head["score"].weight.div_(deviation)
-        head["score"].bias.sub_(mean).div_(deviation)
+        weight, bias = head["score"].parameters()
+        weight.div_(deviation)
+        bias.sub_(mean).div_(deviation)
     sides = (scores_N2[:, 0] > scores_N2[:, 1]).tolist()
 
     def agreement(truth: list[tuple[float, float]]) -> float:

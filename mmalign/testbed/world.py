@@ -205,7 +205,7 @@ def realise(clauses: Sequence[Clause], rng: Random, held_out: bool = False) -> S
     """A random scene in which the clauses are strictly true, or None when none was found (the clauses contradict each other)."""
     for _ in range(200):
         cells = rng.sample(list(product(range(SIDE), range(SIDE))), sum(clause.count for clause in clauses))
-        things = []
+        things: list[Thing] = []
         for clause in clauses:
             colors = [c for c in COLORS if held_out or (clause.shape, c) not in HELD_OUT]
             for _ in range(clause.count):
@@ -276,7 +276,7 @@ def prompts(split: str, per_kind: int = 16, seed: int = 0, kinds: Sequence[str] 
     """Distinct prompts of a split, `per_kind` of each kind where the kind has as many; ids are stable under `per_kind`."""
     out = []
     for kind in kinds:
-        seen: dict[str, Sequence[Clause]] = {}
+        seen: dict[str, tuple[Clause, ...]] = {}
         stream = sample_prompts(split, (kind,), seed=int(hashlib.sha256(f"{split}/{kind}/{seed}".encode()).hexdigest()[:12], 16))
         for _, (_, clauses, _) in zip(range(40 * per_kind), stream, strict=False):
             seen.setdefault(text_of(clauses), clauses)
