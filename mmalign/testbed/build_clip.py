@@ -54,7 +54,7 @@ def make_tokenizer():
     vocabulary = bpe.get_vocab()
     for letter in sorted(alphabet):  # a word may end in any byte, also in one that ends no word of the world
         vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT)
 
 
@@ -62,7 +62,8 @@ def make_model(recipe: Recipe, tokenizer):
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
     torch.manual_seed(recipe.seed)
-    shape: dict[str, Any] = {"hidden_size": recipe.width, "intermediate_size": 4 * recipe.width, "num_attention_heads": 4, "projection_dim": recipe.width}
+    width = recipe.width
+    shape: dict[str, Any] = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4, "projection_dim": width}
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         num_hidden_layers=recipe.layers,
