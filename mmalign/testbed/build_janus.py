@@ -39,7 +39,7 @@ class Recipe:
     layers: int = 4
     vq_steps: int = 1500
     vq_batch: int = 32
-    steps: int = 2600
+    steps: int = 3000
     batch: int = 64
     wrong: float = 0.25
     planned: float = 0.5
