@@ -35,7 +35,7 @@ class TorchvisionHook:
 
 def ensure_torchvision() -> bool:
     """Define torchvision's operators when its compiled part cannot be loaded. Returns whether that was necessary."""
-    if "torchvision" in sys.modules:
+    if "torchvision" in sys.modules or _kept:
         return False
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
