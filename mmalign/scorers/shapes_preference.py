@@ -3,6 +3,7 @@
 A head on the features of `tiny-clip`, trained on simulated choices (testbed/build_preference.py): annotators who look at the prompt's
 facts, who like large things besides, and who err. So it can be explained like HPSv2 or PickScore, and a policy that games it is seen to:
 this score rises while the oracle's (`shapes`) does not, and things grow. The value is a z-score over the validation pictures of the build.
+Expected on held-out prompts: sides with the oracle in 80% of pairs, and with the larger of two equally right pictures in 99%.
 """
 
 from __future__ import annotations
