@@ -218,6 +218,7 @@ def verb_score(parser: argparse.ArgumentParser) -> Run:
     what.add_argument("--scorers", required=True, metavar="NAME[,NAME]", help="as `mmalign ls scorers` lists them")
     what.add_argument("--set", action="append", default=[], metavar="SCORER.OPTION=VALUE", help="an option of a scorer")
     what.add_argument("--out", type=Path, metavar="FILE", help="the Parquet file (default: scores.parquet in the folder)")
+    what.add_argument("--attribution", metavar="TOOL", help="also draw what earned each score (fast_shap, shap, gradcam, ...) into maps/")
     add_worker_options(parser.add_argument_group("how (none of it changes a number)"))
 
     def run(options: argparse.Namespace, screen: Screen) -> int:
@@ -239,7 +240,10 @@ def verb_score(parser: argparse.ArgumentParser) -> Run:
         for text in columns([list(found[0]), *([scoring.cell(value) for value in line.values()] for line in found)]):
             screen.say(text)
         screen.say(f"{len(scores.rows)} images, every value in {out}")
-        screen.give({"scorers": found, "file": out})
+        tool, device = options.attribution, jobs.devices(options.device)[0]
+        maps = scoring.write_maps(scores, recipes, tool, device, out.parent / "maps") if tool else []
+        screen.say(f"{len(maps)} maps in {out.parent / 'maps'}" if tool else "")
+        screen.give({"scorers": found, "file": out, "maps": maps})
         return INCOMPLETE if scores.failures else COMPLETE
 
     return run

@@ -214,3 +214,38 @@ def self_test_sample() -> Sample:
     things = [{"class": "frisbee", "count": 1}]
     facts = {"tag": "single_object", "include": things, "exclude": []}
     return Sample(Request(Prompt("self-test", 'a red disc and a blue square with the text "OK"', meta={**nouns, **facts}), 0, 0), picture)
+
+
+def write_maps(scores: Scores, recipes: Mapping[str, Recipe], tool: str, device: str, folder: Path, batch: int = 16) -> list[Path]:
+    """Writes each measured image under the map of what earned its score: <folder>/<image>.<scorer>.<tool>.png.
+
+    Images that a scorer could not measure have no map. Images of one size are explained together.
+    """
+    from itertools import groupby
+    from typing import cast
+
+    import torch
+
+    from mmalign import config, registry
+    from mmalign.attribution import Attribution, attribute
+    from mmalign.attribution.maps import overlay
+    from mmalign.images import decode_image, encode_png
+
+    options = config.build(Attribution, {"tool": tool}, "--attribution")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, recipe in recipes.items():
+        module = registry.load(recipe.entry)
+        scorer = module.load(config.build(module.Config, recipe.overrides, name), device)
+        rows = [(row, decode_image(row.path)) for row in scores.rows if isinstance(row.scores[name], Value)]
+        rows.sort(key=lambda pair: pair[1].shape)
+        for _, alike in groupby(rows, key=lambda pair: pair[1].shape):
+            same = list(alike)
+            for part in (same[at : at + batch] for at in range(0, len(same), batch)):
+                pixels = torch.stack([torch.from_numpy(image.copy()) for _, image in part]).permute(0, 3, 1, 2).float() / 255
+                maps = attribute(options, scorer, pixels.to(device), [row.sample.request.prompt for row, _ in part])
+                for (row, image), weights in zip(part, maps.weights, strict=True):
+                    path = folder / f"{row.path.stem}.{name}.{tool}.png"
+                    path.write_bytes(encode_png(cast(Any, overlay(image, weights))))
+                    written.append(path)
+    return written

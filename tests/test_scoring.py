@@ -110,6 +110,25 @@ def test_a_damaged_image_is_a_hole_in_the_table_and_the_file(folder, tmp_path):
     assert Path(table["image"][2]).name == "3.png" and table["fingerprint"].nunique() == 1
 
 
+def test_attribution_draws_a_map_for_each_image(tmp_path, capsys):
+    from mmalign.images import decode_image
+    from mmalign.testbed import world
+    from mmalign.testbed.render import render
+
+    images, prompts = tmp_path / "boards", tmp_path / "prompts.txt"
+    images.mkdir()
+    drawn = [item for _, item in zip(range(2), world.sample_prompts("test", ("color_attr",), 3), strict=False)]
+    for number, picture in enumerate(render([scene for _, _, scene in drawn])):
+        (images / f"{number}.png").write_bytes(encode_png(picture))
+    prompts.write_text("".join(world.text_of(clauses) + "\n" for _, clauses, _ in drawn))
+    words = ["score", "--images", str(images), "--prompts", str(prompts), "--scorers", "clipscore", "--executor", "inline"]
+    assert cli.main([*words, "--device", "cpu", "--set", "clipscore.model=tiny-clip", "--attribution", "gradcam"]) == 0
+    assert "2 maps" in capsys.readouterr().out
+    drawn_maps = sorted((images / "maps").iterdir())
+    assert [path.name for path in drawn_maps] == ["0.clipscore.gradcam.png", "1.clipscore.gradcam.png"]
+    assert decode_image(drawn_maps[0]).shape == (32, 32, 3)
+
+
 def test_the_verb_prints_a_table_and_writes_the_file(folder, capsys):
     arguments = [
         "score",
