@@ -44,7 +44,7 @@ def test_proximity_is_the_kernel_of_the_cosine_distance() -> None:
 def test_lime_finds_the_superpixels_that_matter_and_its_targets_agree_on_order() -> None:
     scorer = additive()
     scorer.weights_CHW[:, :, :12] = 0
-    pixels = (torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(3)) > 0.5).float()
+    pixels = pictures(1)
     score, probability = (
         lime(BlurGame(scorer, pixels, PROMPTS[:1], (24, 24)), Lime(superpixels=36, target=target)) for target in ("score", "probability")
     )

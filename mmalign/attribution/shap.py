@@ -1,6 +1,7 @@
 """SHAP: Owen values of a picture's boxes, the halving tree and best-first evaluations of `shap.PartitionExplainer`.
 
-The tree halves the longer side of a box until cells are single (pixels: then their channels). Expanding a box in a context costs two
+The tree halves the longer side of a box until cells are single (pixels: then their channels); of an odd side the first half has the
+extra cell, as in the package, which numbers its leaves backwards. Expanding a box in a context costs two
 evaluations, the left half alone and the right half alone, and leaves four half-weighted questions: each half, with and without the
 other. Questions with the greatest weighted difference are asked first; when the budget is spent, a box spreads its credit evenly.
 The sum of a map is the value of the whole picture minus that of the empty one, exactly.
@@ -66,13 +67,13 @@ def halves(box: Box) -> tuple[Box, Box] | None:
     top, bottom, left, right, first, last = box
     rows, columns, depth = bottom - top, right - left, last - first
     if rows >= columns and rows > 1:
-        middle = top + rows // 2
+        middle = top + (rows + 1) // 2
         return (top, middle, left, right, first, last), (middle, bottom, left, right, first, last)
     if columns > 1:
-        middle = left + columns // 2
+        middle = left + (columns + 1) // 2
         return (top, bottom, left, middle, first, last), (top, bottom, middle, right, first, last)
     if depth > 1:
-        middle = first + depth // 2
+        middle = first + (depth + 1) // 2
         return (top, bottom, left, right, first, middle), (top, bottom, left, right, middle, last)
     return None
 
