@@ -126,10 +126,10 @@ def train(job: Training, say: Callable[[str], None]) -> Path:
     from mmalign.reward import load_reward
 
     distributed.start()
-    write_run(job)
     module = registry.load(job.trainer)
-    model = load_model(job)
     prompts = read_prompts(job.source, job.plugs, job.sets)
+    write_run(job)
+    model = load_model(job)
     reward = load_reward(job.reward, overrides=job.sets, device=job.device, plugs=job.plugs) if job.reward else None
     panel = Panel(job, model, reward) if job.panel and job.config.panel_every else None
     loop = Loop(job.config, model, job.run, panel, say if distributed.rank() == 0 else None)
