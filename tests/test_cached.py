@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from mmalign.models.layers import linear
-from mmalign.models.layers.cached import CachedTrunk
+from mmalign.models.layers.cached import Cache, CachedTrunk
 from mmalign.testbed.tiny import randomise
 
 SIZES = {
@@ -37,8 +37,9 @@ def test_steps_give_the_states_of_one_forward(kind, key_heads):
     position = (mask.long().cumsum(-1) - 1).clamp(min=0)
     expected = trunk(inputs_embeds=embeds, attention_mask=mask.long(), position_ids=position).last_hidden_state
     cached = CachedTrunk(trunk, 3)
-    hidden, cache = cached.prefill(embeds[:, :6], mask[:, :6], 3)
-    states = [hidden]
+    prefix = cached.prefill(embeds[:, :6], mask[:, :6])
+    cache = Cache(prefix, 3, 3, block=2)
+    states = [cache.begin(prefix, torch.arange(3))]
     for slot in range(6, 12):
         if cache.is_full:
             cache.widen(2)
@@ -47,14 +48,19 @@ def test_steps_give_the_states_of_one_forward(kind, key_heads):
 
 
 @torch.no_grad()
-def test_rows_of_a_cache_continue_as_themselves():
+def test_a_cache_used_again_remembers_nothing_and_shares_prefixes():
     trunk = make("llama", 4)
     cached = CachedTrunk(trunk, 3)
     embeds = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(1))
-    _, cache = cached.prefill(embeds[:, :5], torch.ones(3, 5, dtype=torch.bool), 2)
-    chosen = cache.rows(torch.tensor([2, 0, 2]))
-    other = cached.step(embeds[:, 5][[2, 0, 2]], chosen)
-    assert torch.equal(other, cached.step(embeds[:, 5], cache)[[2, 0, 2]])
+    prefix = cached.prefill(embeds[:, :5], torch.ones(3, 5, dtype=torch.bool))
+    cache = Cache(prefix, 3, 2, block=8)
+    cache.begin(prefix, torch.arange(3))
+    first = cached.step(embeds[:, 5], cache)
+    cached.step(embeds[:, 4], cache)
+    assert cache.is_full
+    chosen = torch.tensor([2, 0, 2])
+    assert torch.equal(cache.begin(prefix, chosen), prefix.hidden_RE[chosen])
+    assert torch.equal(cached.step(embeds[:, 5][chosen], cache), first[chosen])
 
 
 @torch.no_grad()

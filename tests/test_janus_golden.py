@@ -11,7 +11,7 @@ import torch
 from mmalign.models._janus import Janus, _CodeWriter
 from mmalign.models._janus_serve import read_network
 from mmalign.models._janus_text import Pixels
-from mmalign.models.layers.cached import CachedTrunk
+from mmalign.models.layers.cached import Cache, CachedTrunk
 
 SHARED = os.environ.get("MMALIGN_SHARED")
 pytestmark = pytest.mark.skipif(not SHARED, reason="$MMALIGN_SHARED, the folder with goldens/janus_fixture.pt, is not set")
@@ -77,8 +77,11 @@ def test_golden_language_model_through_the_cache_token_by_token(janus, fixture, 
     trunk = CachedTrunk(janus.trunk, len(ids))
     mask = torch.ones(len(ids), padding + 3, dtype=torch.bool)
     mask[:, :padding] = False
-    hidden, cache = trunk.prefill(embeds[:, : padding + 3], mask, ids.shape[1] - 3)
-    states = [hidden] + [trunk.step(embeds[:, slot], cache) for slot in range(padding + 3, padding + ids.shape[1])]
+    prefix = trunk.prefill(embeds[:, : padding + 3], mask)
+    cache = Cache(prefix, len(ids), ids.shape[1] - 3, block=3)
+    states = [cache.begin(prefix, torch.arange(len(ids)))] + [
+        trunk.step(embeds[:, slot], cache) for slot in range(padding + 3, padding + ids.shape[1])
+    ]
     close(janus.net.lm_head(torch.stack(states, 1)), fixture["lm"][:, 2:])
 
 
@@ -86,6 +89,6 @@ def test_golden_image_head_and_code_embedding(janus, fixture):
     codes = fixture["t"]
     close(janus.net.prepare_embeddings_for_image_generation(codes), fixture["ge"])
     close(janus.net.model.generation_head(fixture["hs"]), fixture["gh"])
-    writer = _CodeWriter(janus, len(fixture["hs"]))
+    writer = _CodeWriter(janus, len(fixture["hs"]), is_guided=False)
     close(writer._logits(fixture["hs"]), fixture["gh"])
     close(writer._embed(codes[:, 0]), fixture["ge"][:, 0])

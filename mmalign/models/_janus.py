@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmalign.models._janus_text import ChatFormat, Pixels
-from mmalign.models.layers.cached import Cache, CachedTrunk
-from mmalign.models.layers.lanes import ROWS, lanes, padded_lengths
+from mmalign.models.layers.cached import Cache, CachedTrunk, Prefix
+from mmalign.models.layers.lanes import ROWS, Lane, Lanes, lanes, padded_lengths
 from mmalign.models.layers.linear import can_pack, fused
 from mmalign.models.layers.noise import draw, uniforms
 from mmalign.trajectory import WHICH, Policy, Prompts, TextTrajectory, Trajectory, Which
 from mmalign.types import MmalignError, UsageError
 
 GROWTH = 64  # slots by which a text's cache grows
+QUARTERS = 4  # blocks of a picture's cache: a step reads the quarters that are begun
 Pictures = Tensor | Sequence[Any] | None  # [B, 3, S, S] in [0, 1], or uint8 arrays [H, W, 3] (None where a row has no picture)
 
 
@@ -41,7 +42,7 @@ class Janus:
     """A Janus or Janus-Pro of any size: a causal trunk that reads text and pictures and writes text and image codes."""
 
     def __init__(self, net: Any, chat: ChatFormat, pixels: Pixels) -> None:
-        self.net, self.chat, self.pixels = net, chat, pixels
+        self.net, self.chat, self.pixels, self.lanes = net, chat, pixels, Lanes()
         self.trunk = net.model.language_model
         grid = net.config.vision_config.image_size // net.config.vision_config.patch_size
         self.grid = (grid, grid)
@@ -90,9 +91,16 @@ class Janus:
         slots = padded_lengths(prompts.mask.sum(-1).tolist(), self.width is not None)
         codes_BN = torch.empty(len(prompts), self.tokens, dtype=torch.long, device=self.device)
         log_prob_BN = torch.empty(len(prompts), self.tokens, dtype=torch.float32, device=self.device)
-        writer = _CodeWriter(self, (self.width or len(prompts)) * (1 if policy.guidance == 1 else 2))
-        for lane in lanes(slots, self.width):
-            codes, log_prob = writer.write(prompts.select(lane.rows), lane.key, policy, noise_BN[lane.rows])
+        is_guided, writers = policy.guidance != 1, {}
+
+        def write(lane: Lane) -> tuple[Tensor, Tensor]:
+            n_rows = len(lane.rows)
+            if n_rows not in writers:
+                writers[n_rows] = _CodeWriter(self, n_rows, is_guided)
+            return writers[n_rows].write(prompts.select(lane.rows), lane.key[0], policy, noise_BN[lane.rows])
+
+        work = (is_guided, torch.get_num_threads(), torch.is_autocast_enabled(self.device.type))
+        for lane, (codes, log_prob) in self.lanes.run([(slot, *work) for slot in slots], self.width is not None, write):
             codes_BN[lane.real], log_prob_BN[lane.real] = codes[: lane.n_real], log_prob[: lane.n_real]
         return Trajectory("ar", codes_BN, log_prob_BN, policy, tuple(seeds))
 
@@ -144,8 +152,8 @@ class Janus:
         ids = torch.full((len(rows), max_tokens), self.chat.pad, device=self.device)
         mask = torch.zeros_like(ids, dtype=torch.bool)
         log_prob = torch.zeros(ids.shape, dtype=torch.float32, device=self.device)
+        trunk = CachedTrunk(self.trunk, self.width or len(rows))
         for lane in lanes(keys, self.width):
-            trunk = CachedTrunk(self.trunk, len(lane.rows))
             prompt, real = (tensor.to(self.device) for tensor in self.chat.pad_left([rows[row] for row in lane.rows], lane.key[0]))
             embeds = self._embed(prompt, [pixels[row] for row in lane.rows])
             written = self._write_text(trunk, embeds, real, noise_BL[lane.rows], temperature)
@@ -242,7 +250,9 @@ class Janus:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """ids, mask and log-probs of one lane's texts, until every row has ended or the noise is used up."""
         rows, limit = noise_RL.shape
-        hidden, cache = trunk.prefill(embeds_RPE, mask_RP, min(GROWTH, limit))
+        prefix = trunk.prefill(embeds_RPE, mask_RP)
+        cache = Cache(prefix, rows, min(GROWTH, limit), block=GROWTH)
+        hidden = cache.begin(prefix, torch.arange(rows, device=self.device))
         is_open = torch.ones(rows, dtype=torch.bool, device=self.device)
         ids, masks, log_probs = [], [], []
         for index in range(limit):
@@ -262,50 +272,55 @@ class Janus:
 
 
 class _CodeWriter:
-    """Writes image codes lane by lane with the weights as they are now."""
+    """Writes image codes in lanes of one number of rows, with the weights as they are now."""
 
-    def __init__(self, janus: Janus, rows: int) -> None:
-        self.janus, self.trunk = janus, CachedTrunk(janus.trunk, rows)
+    def __init__(self, janus: Janus, n_samples: int, is_guided: bool) -> None:
+        self.janus, self.n_samples, self.is_guided = janus, n_samples, is_guided
+        rows = n_samples * (2 if is_guided else 1)
+        self.trunk = CachedTrunk(janus.trunk, rows)
         head, aligner = janus.net.model.generation_head, janus.net.model.generation_aligner
         pack = can_pack(janus.trunk)
         self.head = (fused([head.proj_out], rows, pack), head.activation_fn, fused([head.vision_head], rows, pack))
         self.aligner = [fused([layer], rows, pack) for layer in (aligner.fc1, *aligner.hidden_layers)]
         self.act, self.table = aligner.activation_fn, janus.net.model.generation_embeddings
+        self.caches: dict[int, Cache] = {}
 
+    @torch.inference_mode()
     def write(self, prompts: Prompts, slots: int, policy: Policy, noise_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and log-probs [B, N] of one lane; rows of a guided forward are [conditional; unconditional]."""
-        is_guided = policy.guidance != 1
-        hidden, cache = self._prefill(prompts, slots, is_guided)
+        number = noise_BN.shape[1]
+        prefix, index_R = self._read(prompts, slots)
+        if slots not in self.caches:
+            self.caches[slots] = Cache(prefix, len(index_R), number - 1, block=-(-number // QUARTERS))
+        cache = self.caches[slots]
+        hidden = cache.begin(prefix, index_R)
         codes, log_probs = [], []
-        for index in range(noise_BN.shape[1]):
+        for position in range(number):
             logits = self._logits(hidden)
-            if is_guided:
+            if self.is_guided:
                 logits = _guide(logits, policy.guidance)
             log_prob_BV = (logits / policy.temperature).log_softmax(-1)
-            code_B = draw(log_prob_BV, noise_BN[:, index])
+            code_B = draw(log_prob_BV, noise_BN[:, position])
             codes.append(code_B)
             log_probs.append(log_prob_BV.gather(-1, code_B[:, None])[:, 0])
-            if index + 1 < noise_BN.shape[1]:
-                hidden = self.trunk.step(self._embed(code_B.repeat(2) if is_guided else code_B), cache)
+            if position + 1 < number:
+                embeds = self._embed(code_B)
+                hidden = self.trunk.step(embeds.repeat(2, 1) if self.is_guided else embeds, cache)
         return torch.stack(codes, 1), torch.stack(log_probs, 1)
 
-    def _prefill(self, prompts: Prompts, slots: int, is_guided: bool) -> tuple[Tensor, Cache]:
-        """Each distinct prompt is read once: samples of one prompt share it, and so do all blanked prompts of one length."""
-        pairs = [(prompts.ids, prompts.mask)] + ([(prompts.uncond_ids, prompts.uncond_mask)] if is_guided else [])
+    def _read(self, prompts: Prompts, slots: int) -> tuple[Prefix, Tensor]:
+        """The prefix of every distinct prompt, and which of them each row continues: samples of one prompt share its reading, and so do
+        all blanked prompts of one length."""
+        pairs = [(prompts.ids, prompts.mask)] + ([(prompts.uncond_ids, prompts.uncond_mask)] if self.is_guided else [])
         ids = torch.cat([_to_slots(ids, slots, self.janus.chat.pad) for ids, _ in pairs])
         mask = torch.cat([_to_slots(mask, slots, False) for _, mask in pairs])
-        distinct, inverse = torch.unique(torch.cat([ids, mask.long()], 1), dim=0, return_inverse=True)
-        width = len(prompts)
-        hidden, caches = [], []
-        for lane in lanes([0] * len(distinct), self.janus.width and width):
+        ids = torch.where(mask, ids, self.janus.chat.pad)
+        distinct, index_R = torch.unique(torch.cat([ids, mask.long()], 1), dim=0, return_inverse=True)
+        parts = []
+        for lane in lanes([0] * len(distinct), self.janus.width):
             rows = distinct[lane.rows]
-            embeds = self.janus.net.get_input_embeddings()(rows[:, :slots])
-            state, cache = self.trunk.prefill(embeds, rows[:, slots:].bool(), self.janus.tokens - 1)
-            hidden.append(state)
-            caches.append(cache)
-        if len(caches) == 1:
-            return hidden[0][inverse], caches[0].rows(inverse)
-        return torch.cat(hidden)[inverse], Cache.joined(caches).rows(inverse)
+            parts.append(self.trunk.prefill(self.janus.net.get_input_embeddings()(rows[:, :slots]), rows[:, slots:].bool()))
+        return Prefix.joined(parts), index_R
 
     def _logits(self, hidden_RE: Tensor) -> Tensor:
         first, act, last = self.head

@@ -99,9 +99,9 @@ class JanusModel(Janus):
         codes = self.sample(prompts, policy, [request.seed for request in requests]).actions
         pictures: list[np.ndarray] = [np.empty(0)] * len(requests)
         for lane in lanes([0] * len(requests), self.width):
-            pixels = (self.decode(codes[lane.rows]) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-            for row, picture in zip(lane.real, pixels, strict=False):
-                pictures[row] = np.ascontiguousarray(picture)
+            bytes_BHWC = (self.decode(codes[lane.rows]) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            for row, picture in zip(lane.real, bytes_BHWC, strict=False):
+                pictures[row] = picture.copy()
         return pictures
 
     def _wrong_size(self, request: Request) -> Failure:

@@ -10,6 +10,7 @@ No shape here depends on what the rows hold, so the arithmetic of a row depends 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,36 +20,82 @@ from torch import Tensor
 from mmalign.models.layers.linear import can_pack, fused
 
 
-class Cache:
-    """Keys and values of R rows: two tensors [layers, R, H, T, D], the additive mask [R, T], the position each row continues at."""
+@dataclass(frozen=True)
+class Prefix:
+    """What reading prompts left: keys and values [layers, R, H, P, D], the mask [R, P], hidden states [R, E] at the last slot."""
 
-    def __init__(self, keys: Tensor, values: Tensor, bias_RT: Tensor, next_R: Tensor, used: int) -> None:
-        self.keys, self.values, self.bias_RT, self.next_R, self.used = keys, values, bias_RT, next_R, used
-
-    def rows(self, index: Tensor) -> Cache:
-        """The cache of these rows, in this order; rows may repeat (samples of one prompt share its prefill)."""
-        return Cache(self.keys[:, index], self.values[:, index], self.bias_RT[index], self.next_R[index], self.used)
+    keys: Tensor
+    values: Tensor
+    mask_RP: Tensor
+    hidden_RE: Tensor
 
     @staticmethod
-    def joined(caches: Sequence[Cache]) -> Cache:
-        """One cache of all rows of caches of equal shape."""
-        keys, values = (torch.cat([getattr(cache, name) for cache in caches], 1) for name in ("keys", "values"))
-        bias_RT, next_R = torch.cat([cache.bias_RT for cache in caches]), torch.cat([cache.next_R for cache in caches])
-        return Cache(keys, values, bias_RT, next_R, caches[0].used)
+    def joined(parts: Sequence[Prefix]) -> Prefix:
+        """The rows of several of equal shape, one after the other."""
+        along = {"keys": 1, "values": 1, "mask_RP": 0, "hidden_RE": 0}
+        return (
+            parts[0]
+            if len(parts) == 1
+            else Prefix(**{name: torch.cat([getattr(part, name) for part in parts], d) for name, d in along.items()})
+        )
+
+
+class Cache:
+    """Keys and values of R rows in fixed blocks [layers, R, H, T, D] each, the additive mask [R, all slots], where each row continues.
+
+    The first block holds the prompts, the others `block` slots each: a step on the CPU reads only the blocks in use, each of them
+    contiguous (one long block, read in part, was three times slower). Elsewhere there is one block, and the fused kernel reads its
+    used part. Made once and used again for lane after lane: fresh memory each time would cost as much as a tenth of the arithmetic.
+    """
+
+    def __init__(self, prefix: Prefix, rows: int, extra: int, block: int) -> None:
+        self._shape = (prefix.keys.shape[0], rows, prefix.keys.shape[2]), prefix.keys.shape[4]
+        self._like, self._is_blocked = prefix.keys, prefix.keys.device.type == "cpu"
+        slots = prefix.keys.shape[3]
+        sizes = [slots, *(min(block, extra - start) for start in range(0, extra, block))] if self._is_blocked else [slots + extra]
+        self.keys, self.values = ([self._empty(size) for size in sizes] for _ in range(2))
+        self.bias_RT = self._like.new_empty(rows, slots + extra)
+        self.used, self.next_R = 0, torch.zeros(rows, dtype=torch.long, device=self._like.device)
+
+    def begin(self, prefix: Prefix, index: Tensor) -> Tensor:
+        """Start anew: row r continues the prefix's row index[r] (samples of one prompt share it). Returns their hidden states [R, E]."""
+        slots = prefix.mask_RP.shape[1]
+        self.keys[0][:, :, :, :slots], self.values[0][:, :, :, :slots] = prefix.keys[:, index], prefix.values[:, index]
+        self.bias_RT.fill_(float("-inf"))
+        self.bias_RT[:, :slots].masked_fill_(prefix.mask_RP[index], 0.0)
+        self.used, self.next_R = slots, prefix.mask_RP.sum(-1)[index]
+        return prefix.hidden_RE[index]
+
+    def place(self) -> tuple[int, int]:
+        """Block and slot of the next token, which from now on counts as used and seen."""
+        slot, block = self.used, 0
+        while slot >= self.keys[block].shape[3]:
+            slot, block = slot - self.keys[block].shape[3], block + 1
+        self.bias_RT[:, self.used] = 0.0
+        self.used += 1
+        return block, slot
 
     def widen(self, slots: int) -> None:
         """Add empty slots at the end; contents stay."""
-        self.keys = F.pad(self.keys, (0, 0, 0, slots))
-        self.values = F.pad(self.values, (0, 0, 0, slots))
         self.bias_RT = F.pad(self.bias_RT, (0, slots), value=float("-inf"))
+        for blocks in (self.keys, self.values):
+            if self._is_blocked:
+                blocks.append(self._empty(slots))
+            else:
+                blocks[0] = F.pad(blocks[0], (0, 0, 0, slots))
 
     @property
     def is_full(self) -> bool:
         return self.used == self.bias_RT.shape[1]
 
+    def _empty(self, slots: int) -> Tensor:
+        # Zeros, not what memory holds: a masked slot has weight 0, and 0 times infinity is not a number.
+        (layers, rows, heads), size = self._shape
+        return self._like.new_zeros(layers, rows, heads, slots, size)
+
 
 class CachedTrunk:
-    """A decoder of `transformers` with Llama's modules (Llama, Qwen2 without biases or with), ready to decode `rows` rows a step.
+    """A decoder of `transformers` with Llama's modules (Llama, Qwen2), ready to decode `rows` rows a step.
 
     Packed weights are copies: build a new one whenever the weights may have changed.
     """
@@ -59,51 +106,45 @@ class CachedTrunk:
         pack = can_pack(trunk)
         self.layers = [_Layer(layer, rows, pack) for layer in trunk.layers]
 
-    def prefill(self, embeds_RPE: Tensor, mask_RP: Tensor, extra: int) -> tuple[Tensor, Cache]:
-        """Hidden state [R, E] at the last slot and a cache with room for `extra` more tokens. Prompts are padded on the left.
+    def prefill(self, embeds_RPE: Tensor, mask_RP: Tensor) -> Prefix:
+        """Read prompts, which are padded on the left.
 
         Padding is masked out and takes no position, so it cannot change a result. Its own rows attend to themselves only, because a
         softmax over nothing is not a number.
         """
-        rows, slots = mask_RP.shape
-        heads, layers = self.config.num_key_value_heads, len(self.layers)
-        keys = embeds_RPE.new_zeros(layers, rows, heads, slots + extra, self.head_dim)
-        values = torch.zeros_like(keys)
+        slots = mask_RP.shape[1]
         position_RP = (mask_RP.long().cumsum(-1) - 1).clamp(min=0)
         tables = self._rotary(embeds_RPE, position_RP)
         causal = torch.ones(slots, slots, dtype=torch.bool, device=mask_RP.device).tril()
         itself = torch.eye(slots, dtype=torch.bool, device=mask_RP.device)
         allowed = ((causal & mask_RP[:, None, :]) | itself)[:, None]
-        hidden = embeds_RPE
-        for index, layer in enumerate(self.layers):
+        hidden, keys, values = embeds_RPE, [], []
+        for layer in self.layers:
             query, key, value = layer.project(hidden, tables)
-            keys[index, :, :, :slots], values[index, :, :, :slots] = key, value
-            mixed = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=allowed, scale=layer.scale, enable_gqa=query.shape[1] != heads
-            )
+            keys.append(key)
+            values.append(value)
+            is_grouped = query.shape[1] != key.shape[1]
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=layer.scale, enable_gqa=is_grouped)
             hidden = layer.finish(hidden, mixed)
-        bias_RT = torch.full((rows, slots + extra), float("-inf"), dtype=hidden.dtype, device=hidden.device)
-        bias_RT[:, :slots].masked_fill_(mask_RP, 0.0)
-        return self.trunk.norm(hidden[:, -1]), Cache(keys, values, bias_RT, mask_RP.sum(-1), slots)
+        return Prefix(torch.stack(keys), torch.stack(values), mask_RP, self.trunk.norm(hidden[:, -1]))
 
     def step(self, embeds_RE: Tensor, cache: Cache) -> Tensor:
         """Hidden state [R, E] of one more token per row, whose keys and values join the cache."""
-        slot, cache.used = cache.used, cache.used + 1
-        cache.bias_RT[:, slot] = 0.0
+        block, slot = cache.place()
         hidden = embeds_RE[:, None]
         tables = self._rotary(hidden, cache.next_R[:, None])
         cache.next_R = cache.next_R + 1
         for index, layer in enumerate(self.layers):
             query, key, value = layer.project(hidden, tables)
-            cache.keys[index, :, :, slot], cache.values[index, :, :, slot] = key[:, :, 0], value[:, :, 0]
+            cache.keys[block][index, :, :, slot], cache.values[block][index, :, :, slot] = key[:, :, 0], value[:, :, 0]
             hidden = layer.finish(hidden, _attend(query, cache, index, layer.scale))
         return self.trunk.norm(hidden[:, 0])
 
     def _rotary(self, like: Tensor, position_RP: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [R, 1, P, D/2]; the trunk's tables repeat themselves in the second half."""
+        """cos and sin [R, 1, P, D]; the first half of sin is negative, so that a rotation is x cos + (x with halves swapped) sin."""
         cos, sin = self.trunk.rotary_emb(like, position_ids=position_RP)
-        half = self.head_dim // 2
-        return cos[:, None, :, :half], sin[:, None, :, :half]
+        left, right = sin.chunk(2, -1)
+        return cos[:, None], torch.cat((-left, right), -1)[:, None]
 
 
 class _Layer:
@@ -124,8 +165,9 @@ class _Layer:
         """Rotated queries and keys and plain values, each [R, heads, P, D]."""
         rows, slots = hidden_RPE.shape[:2]
         joint = self.qkv(self.norm_in(hidden_RPE).flatten(0, 1)).view(rows, slots, sum(self.heads), self.head_dim)
-        query, key, value = joint.transpose(1, 2).split(self.heads, 1)
-        return _rotate(query, tables), _rotate(key, tables), value
+        turned, value = joint.transpose(1, 2).split((self.heads[0] + self.heads[1], self.heads[2]), 1)
+        query, key = _rotate(turned, tables).split(self.heads[:2], 1)
+        return query, key, value
 
     def finish(self, hidden_RPE: Tensor, mixed_RHPD: Tensor) -> Tensor:
         """The residual stream after attention's output and the MLP."""
@@ -137,30 +179,31 @@ class _Layer:
 
 def _rotate(x_RHPD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding on halves (Llama's convention)."""
-    (left, right), (cos, sin) = x_RHPD.chunk(2, -1), tables
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+    cos, sin = tables
+    return torch.addcmul(x_RHPD * cos, x_RHPD.roll(x_RHPD.shape[-1] // 2, -1), sin)
 
 
 def _attend(query_RH1D: Tensor, cache: Cache, index: int, scale: float) -> Tensor:
-    """One query per row and head against the whole cache, [R, H, 1, D].
+    """One query per row and head against the cache, [R, H, 1, D].
 
-    On the CPU two batched products over the contiguous cache beat the fused kernel, which is made for many queries; elsewhere the
-    fused kernel reads only the slots in use.
+    On the CPU, batched products over the blocks in use beat the fused kernel, which is made for many queries.
     """
-    keys_RHTD, values_RHTD = cache.keys[index], cache.values[index]
     rows, heads, _, size = query_RH1D.shape
-    key_heads = keys_RHTD.shape[1]
-    bias = cache.bias_RT[:, None, None]
+    key_heads = cache.keys[0].shape[2]
     if query_RH1D.device.type != "cpu":
-        used = cache.used
-        return F.scaled_dot_product_attention(
-            query_RH1D,
-            keys_RHTD[:, :, :used],
-            values_RHTD[:, :, :used],
-            attn_mask=bias[..., :used],
-            scale=scale,
-            enable_gqa=heads != key_heads,
-        )
-    query_RHGD = (query_RH1D * scale).reshape(rows, key_heads, heads // key_heads, size)
-    weights_RHGT = (query_RHGD @ keys_RHTD.mT + bias).softmax(-1)
-    return (weights_RHGT @ values_RHTD).reshape(rows, heads, 1, size)
+        keys, values = (blocks[0][index, :, :, : cache.used] for blocks in (cache.keys, cache.values))
+        bias = cache.bias_RT[:, None, None, : cache.used]
+        return F.scaled_dot_product_attention(query_RH1D, keys, values, attn_mask=bias, scale=scale, enable_gqa=heads != key_heads)
+    query = (query_RH1D * scale).reshape(rows * key_heads, heads // key_heads, size)
+    scores, seen = [], 0
+    for block in cache.keys:
+        scores.append(torch.bmm(query, block[index].flatten(0, 1).mT))
+        seen += block.shape[3]
+        if seen >= cache.used:
+            break
+    joint = torch.cat(scores, -1).view(rows, heads, seen).add_(cache.bias_RT[:, None, :seen])
+    weights = joint.softmax(-1).view(rows * key_heads, -1, seen).split([part.shape[-1] for part in scores], -1)
+    mixed = torch.bmm(weights[0], cache.values[0][index].flatten(0, 1))
+    for part, block in zip(weights[1:], cache.values[1:], strict=False):
+        mixed = torch.baddbmm(mixed, part, block[index].flatten(0, 1))
+    return mixed.view(rows, heads, 1, size)

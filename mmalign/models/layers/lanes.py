@@ -7,11 +7,15 @@ itself, and a lane that is not full is filled with copies. Measured on CPU in fl
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-ROWS = 16  # rows of a lane: enough to use the processor well, few enough that one request alone is not much work
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROWS = 16  # rows of a lane: few enough that one request alone is not much work
+WIDE = 64  # rows of a wide lane, which uses the processor better, where `Lanes` has found it to give the same bits
 SLOTS = 16  # prompts are padded to a multiple of this many tokens
 
 
@@ -34,9 +38,40 @@ def lanes(keys: Sequence[Hashable], width: int | None) -> Iterator[Lane]:
     for row, key in enumerate(keys):
         groups.setdefault(key, []).append(row)
     for key, rows in groups.items():
-        for start in range(0, len(rows), width or len(rows)):
-            real = rows[start : start + (width or len(rows))]
-            yield Lane(key, real + real[-1:] * ((width or len(real)) - len(real)), len(real))
+        yield from lanes_of(key, rows, width)
+
+
+def lanes_of(key: Hashable, rows: list[int], width: int | None) -> Iterator[Lane]:
+    """Lanes of rows that share one key."""
+    for start in range(0, len(rows), width or len(rows) or 1):
+        real = rows[start : start + (width or len(rows))]
+        yield Lane(key, real + real[-1:] * ((width or len(real)) - len(real)), len(real))
+
+
+class Lanes:
+    """Lanes for a loaded model, which remembers for which kinds of work wide lanes give the bits of narrow ones on this machine."""
+
+    def __init__(self) -> None:
+        self._is_wide: dict[Hashable, bool] = {}
+
+    def run(
+        self, keys: Sequence[Hashable], is_fixed: bool, compute: Callable[[Lane], tuple[Tensor, ...]]
+    ) -> Iterator[tuple[Lane, tuple[Tensor, ...]]]:
+        """Each lane with its tensors [rows, ...]. `keys` name all that shapes the work; without fixed shapes a key is one lane."""
+        for group in lanes(keys, None):
+            rows = group.rows
+            while is_fixed and len(rows) > WIDE // 2 and self._is_wide.get(group.key, True):
+                (lane,) = lanes_of(group.key, rows[:WIDE], WIDE)
+                made = compute(lane)
+                if group.key not in self._is_wide:
+                    narrow = compute(Lane(group.key, lane.rows[:ROWS], ROWS))
+                    self._is_wide[group.key] = all(bool((wide[:ROWS] == part).all()) for wide, part in zip(made, narrow, strict=True))
+                    if not self._is_wide[group.key]:
+                        break
+                yield lane, made
+                rows = rows[WIDE:]
+            for lane in lanes_of(group.key, rows, ROWS if is_fixed else None):
+                yield lane, compute(lane)
 
 
 def padded_lengths(lengths: Sequence[int], is_fixed: bool) -> list[int]:

@@ -24,7 +24,7 @@ def draw(log_prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
     Cumulative sums are float64, so that a vocabulary of 10^5 entries leaves no visible bias.
     """
-    cumulative_BV = log_prob_BV.double().exp().cumsum(-1)
+    cumulative_BV = log_prob_BV.exp().cumsum(-1, dtype=torch.float64)
     total_B = cumulative_BV[:, -1]
     # Rounding may lift u * total to total itself, past the last category that has any probability.
     target_B = torch.minimum(uniform_B.to(total_B) * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
