@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmalign.models._janus import Janus, _CodeWriter
+from mmalign.models._janus import Janus
+from mmalign.models._janus_codes import CodeWriter
 from mmalign.models._janus_serve import read_network
 from mmalign.models._janus_text import Pixels
 from mmalign.models.layers.cached import Cache, CachedTrunk
@@ -89,6 +90,6 @@ def test_golden_image_head_and_code_embedding(janus, fixture):
     codes = fixture["t"]
     close(janus.net.prepare_embeddings_for_image_generation(codes), fixture["ge"])
     close(janus.net.model.generation_head(fixture["hs"]), fixture["gh"])
-    writer = _CodeWriter(janus, len(fixture["hs"]), is_guided=False)
+    writer = CodeWriter(janus, len(fixture["hs"]), is_guided=False)
     close(writer._logits(fixture["hs"]), fixture["gh"])
     close(writer._embed(codes[:, 0]), fixture["ge"][:, 0])

@@ -44,7 +44,7 @@ def test_results_never_depend_on_the_width_of_a_lane(keys, is_exact, is_fixed):
     remembered = Lanes()
     for _ in range(2):
         found = {}
-        for lane, (values,) in remembered.run(keys, is_fixed, compute):
+        for lane, (values,) in remembered.run(keys, ROWS if is_fixed else None, WIDE, compute):
             found.update(zip(lane.real, values[: lane.n_real].tolist(), strict=True))
         assert sorted(found) == list(range(len(keys)))
         if is_exact or is_fixed:
@@ -57,8 +57,11 @@ def test_wide_lanes_are_tried_once_and_used_where_they_are_exact():
         remembered = Lanes()
         for expected in (first, later):
             widths.clear()
-            list(remembered.run([0] * WIDE, True, compute))
+            list(remembered.run([0] * WIDE, ROWS, WIDE, compute))
             assert widths == expected
         widths.clear()
-        list(remembered.run([0] * (WIDE // 2), True, compute))
+        list(remembered.run([0] * (WIDE // 2), ROWS, WIDE, compute))
         assert widths == [ROWS] * 2
+        widths.clear()
+        list(remembered.run([0] * WIDE, ROWS, None, compute))
+        assert widths == [ROWS] * (WIDE // ROWS)

@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmalign.models._janus_codes import CodeWriter, guide
 from mmalign.models._janus_text import ChatFormat, Pixels
-from mmalign.models.layers.cached import Cache, CachedTrunk, Prefix
-from mmalign.models.layers.lanes import ROWS, Lane, Lanes, lanes, padded_lengths
-from mmalign.models.layers.linear import can_pack, fused
+from mmalign.models.layers.cached import Cache, CachedTrunk
+from mmalign.models.layers.lanes import ROWS, WIDE, Lane, Lanes, lanes, padded_lengths
+from mmalign.models.layers.linear import can_pack
 from mmalign.models.layers.noise import draw, uniforms
 from mmalign.trajectory import WHICH, Policy, Prompts, TextTrajectory, Trajectory, Which
 from mmalign.types import MmalignError, UsageError
 
 GROWTH = 64  # slots by which a text's cache grows
-QUARTERS = 4  # blocks of a picture's cache: a step reads the quarters that are begun
 Pictures = Tensor | Sequence[Any] | None  # [B, 3, S, S] in [0, 1], or uint8 arrays [H, W, 3] (None where a row has no picture)
 
 
@@ -43,6 +43,7 @@ class Janus:
 
     def __init__(self, net: Any, chat: ChatFormat, pixels: Pixels) -> None:
         self.net, self.chat, self.pixels, self.lanes = net, chat, pixels, Lanes()
+        self.kept: dict[tuple, Cache] = {}  # a small model's last cache of codes: fresh memory costs a thirtieth of the drawing
         self.trunk = net.model.language_model
         grid = net.config.vision_config.image_size // net.config.vision_config.patch_size
         self.grid = (grid, grid)
@@ -96,11 +97,12 @@ class Janus:
         def write(lane: Lane) -> tuple[Tensor, Tensor]:
             n_rows = len(lane.rows)
             if n_rows not in writers:
-                writers[n_rows] = _CodeWriter(self, n_rows, is_guided)
+                writers[n_rows] = CodeWriter(self, n_rows, is_guided)
             return writers[n_rows].write(prompts.select(lane.rows), lane.key[0], policy, noise_BN[lane.rows])
 
         work = (is_guided, torch.get_num_threads(), torch.is_autocast_enabled(self.device.type))
-        for lane, (codes, log_prob) in self.lanes.run([(slot, *work) for slot in slots], self.width is not None, write):
+        wide = WIDE if can_pack(self.trunk) else None  # a large model's cache would not fit
+        for lane, (codes, log_prob) in self.lanes.run([(slot, *work) for slot in slots], self.width, wide, write):
             codes_BN[lane.real], log_prob_BN[lane.real] = codes[: lane.n_real], log_prob[: lane.n_real]
         return Trajectory("ar", codes_BN, log_prob_BN, policy, tuple(seeds))
 
@@ -117,7 +119,7 @@ class Janus:
             logits = self._code_logits(prompts.ids, prompts.mask, codes)
         elif which == "guided" and prompts.ids.shape == prompts.uncond_ids.shape:
             ids, mask = torch.cat([prompts.ids, prompts.uncond_ids]), torch.cat([prompts.mask, prompts.uncond_mask])
-            logits = _guide(self._code_logits(ids, mask, codes.repeat(2, 1)), policy.guidance)
+            logits = guide(self._code_logits(ids, mask, codes.repeat(2, 1)), policy.guidance)
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and which == "guided"):
                 uncond = self._code_logits(prompts.uncond_ids, prompts.uncond_mask, codes)
@@ -271,79 +273,6 @@ class Janus:
         return torch.stack(ids, 1), torch.stack(masks, 1), torch.stack(log_probs, 1)
 
 
-class _CodeWriter:
-    """Writes image codes in lanes of one number of rows, with the weights as they are now."""
-
-    def __init__(self, janus: Janus, n_samples: int, is_guided: bool) -> None:
-        self.janus, self.n_samples, self.is_guided = janus, n_samples, is_guided
-        rows = n_samples * (2 if is_guided else 1)
-        self.trunk = CachedTrunk(janus.trunk, rows)
-        head, aligner = janus.net.model.generation_head, janus.net.model.generation_aligner
-        pack = can_pack(janus.trunk)
-        self.head = (fused([head.proj_out], rows, pack), head.activation_fn, fused([head.vision_head], rows, pack))
-        self.aligner = [fused([layer], rows, pack) for layer in (aligner.fc1, *aligner.hidden_layers)]
-        self.act, self.table = aligner.activation_fn, janus.net.model.generation_embeddings
-        self.caches: dict[int, Cache] = {}
-
-    @torch.inference_mode()
-    def write(self, prompts: Prompts, slots: int, policy: Policy, noise_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and log-probs [B, N] of one lane; rows of a guided forward are [conditional; unconditional]."""
-        number = noise_BN.shape[1]
-        prefix, index_R = self._read(prompts, slots)
-        if slots not in self.caches:
-            self.caches[slots] = Cache(prefix, len(index_R), number - 1, block=-(-number // QUARTERS))
-        cache = self.caches[slots]
-        hidden = cache.begin(prefix, index_R)
-        codes, log_probs = [], []
-        for position in range(number):
-            logits = self._logits(hidden)
-            if self.is_guided:
-                logits = _guide(logits, policy.guidance)
-            log_prob_BV = (logits / policy.temperature).log_softmax(-1)
-            code_B = draw(log_prob_BV, noise_BN[:, position])
-            codes.append(code_B)
-            log_probs.append(log_prob_BV.gather(-1, code_B[:, None])[:, 0])
-            if position + 1 < number:
-                embeds = self._embed(code_B)
-                hidden = self.trunk.step(embeds.repeat(2, 1) if self.is_guided else embeds, cache)
-        return torch.stack(codes, 1), torch.stack(log_probs, 1)
-
-    def _read(self, prompts: Prompts, slots: int) -> tuple[Prefix, Tensor]:
-        """The prefix of every distinct prompt, and which of them each row continues: samples of one prompt share its reading, and so do
-        all blanked prompts of one length."""
-        pairs = [(prompts.ids, prompts.mask)] + ([(prompts.uncond_ids, prompts.uncond_mask)] if self.is_guided else [])
-        ids = torch.cat([_to_slots(ids, slots, self.janus.chat.pad) for ids, _ in pairs])
-        mask = torch.cat([_to_slots(mask, slots, False) for _, mask in pairs])
-        ids = torch.where(mask, ids, self.janus.chat.pad)
-        distinct, index_R = torch.unique(torch.cat([ids, mask.long()], 1), dim=0, return_inverse=True)
-        parts = []
-        for lane in lanes([0] * len(distinct), self.janus.width):
-            rows = distinct[lane.rows]
-            parts.append(self.trunk.prefill(self.janus.net.get_input_embeddings()(rows[:, :slots]), rows[:, slots:].bool()))
-        return Prefix.joined(parts), index_R
-
-    def _logits(self, hidden_RE: Tensor) -> Tensor:
-        first, act, last = self.head
-        return last(act(first(hidden_RE))).float()
-
-    def _embed(self, code_R: Tensor) -> Tensor:
-        x = self.aligner[0](self.table(code_R))
-        for layer in self.aligner[1:]:
-            x = layer(self.act(x))
-        return x
-
-
-def _guide(logits_RV: Tensor, guidance: float) -> Tensor:
-    """u + w (c - u) of rows [conditional; unconditional]."""
-    cond, uncond = logits_RV.chunk(2)
-    return uncond + guidance * (cond - uncond)
-
-
 def _pick(logits: Tensor, index: Tensor) -> Tensor:
     """Log-softmax at the index along the last axis."""
     return logits.log_softmax(-1).gather(-1, index[..., None])[..., 0]
-
-
-def _to_slots(tensor_BL: Tensor, slots: int, value: int | bool) -> Tensor:
-    """The last `slots` columns of a left-padded tensor, with more padding in front when it has fewer."""
-    return F.pad(tensor_BL, (slots - tensor_BL.shape[1], 0), value=value)

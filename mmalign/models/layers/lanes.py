@@ -55,22 +55,25 @@ class Lanes:
         self._is_wide: dict[Hashable, bool] = {}
 
     def run(
-        self, keys: Sequence[Hashable], is_fixed: bool, compute: Callable[[Lane], tuple[Tensor, ...]]
+        self, keys: Sequence[Hashable], width: int | None, wide: int | None, compute: Callable[[Lane], tuple[Tensor, ...]]
     ) -> Iterator[tuple[Lane, tuple[Tensor, ...]]]:
-        """Each lane with its tensors [rows, ...]. `keys` name all that shapes the work; without fixed shapes a key is one lane."""
+        """Each lane with its tensors [rows, ...]. `keys` name all that shapes the work.
+
+        `width` is that of a lane (None: no fixed shapes, a key is one lane), `wide` that of a wide one (None: there are none).
+        """
         for group in lanes(keys, None):
             rows = group.rows
-            while is_fixed and len(rows) > WIDE // 2 and self._is_wide.get(group.key, True):
-                (lane,) = lanes_of(group.key, rows[:WIDE], WIDE)
+            while width and wide and len(rows) > wide // 2 and self._is_wide.get(group.key, True):
+                (lane,) = lanes_of(group.key, rows[:wide], wide)
                 made = compute(lane)
                 if group.key not in self._is_wide:
-                    narrow = compute(Lane(group.key, lane.rows[:ROWS], ROWS))
-                    self._is_wide[group.key] = all(bool((wide[:ROWS] == part).all()) for wide, part in zip(made, narrow, strict=True))
+                    pairs = zip(made, compute(Lane(group.key, lane.rows[:width], width)), strict=True)
+                    self._is_wide[group.key] = all(bool((whole[:width] == part).all()) for whole, part in pairs)
                     if not self._is_wide[group.key]:
                         break
                 yield lane, made
-                rows = rows[WIDE:]
-            for lane in lanes_of(group.key, rows, ROWS if is_fixed else None):
+                rows = rows[wide:]
+            for lane in lanes_of(group.key, rows, width):
                 yield lane, compute(lane)
 
 
