@@ -58,7 +58,7 @@ def scenes(split: str, number: int, seed: int) -> tuple[list[Prompt], np.ndarray
         prompts.append(Prompt(f"attribution-{len(prompts)}", text_of(clauses), meta=meta))
         drawn.append(tuple(sorted((*scene, *extra))))
         if len(prompts) == number:
-            return prompts, render(drawn, seed)
+            return prompts, render(drawn)
     raise AssertionError("the stream of prompts is endless")
 
 
@@ -229,10 +229,11 @@ def make_table(repeats: int, head_steps: int) -> None:
         bench.row("`shap` package, 24x24 cells, 500", bench.package_on_cells("blur")),
         bench.row("shap, 500", bench.tool(tool="shap", shap=tree)),
         bench.row("shap, 2000", bench.tool(tool="shap", shap=Shap(2000, 50))),
-        bench.row("**fast_shap A** (default)", bench.tool(tool="fast_shap")),
+        bench.row("**fast_shap** (default)", bench.tool(tool="fast_shap")),
+        bench.row("fast_shap A", bench.tool(tool="fast_shap", fast_shap=VARIANTS["A"])),
         bench.row("fast_shap B", bench.tool(tool="fast_shap", fast_shap=VARIANTS["B"])),
-        bench.row("fast_shap A, 24 pairs", bench.tool(tool="fast_shap", fast_shap=FastShap(pairs=24))),
-        bench.row("fast_shap, no gradient", bench.tool(tool="fast_shap", fast_shap=FastShap(steps=0))),
+        bench.row("fast_shap A without g g^T", bench.tool(tool="fast_shap", fast_shap=FastShap(pairs=64, steps=1, follow=0))),
+        bench.row("fast_shap, no gradient, 64 pairs", bench.tool(tool="fast_shap", fast_shap=FastShap(pairs=64, steps=0))),
         bench.row(f"amortised head, {head_steps} steps", bench.trained_head(head_steps)),
         bench.row("lime, 500", bench.tool(tool="lime")),
         bench.row("lime, probability, no intercept", bench.tool(tool="lime", lime=Lime(target="probability", intercept=False))),
@@ -243,8 +244,9 @@ def make_table(repeats: int, head_steps: int) -> None:
         bench.row("constant", bench.tool(tool="constant")),
         bench.row("`shap` package, 8x8 patches, 500", bench.package_on_cells("drop")),
         bench.row("shap, 500", bench.tool(tool="shap", shap=tree, masking="drop")),
-        bench.row("**fast_shap A**", bench.tool(tool="fast_shap", masking="drop")),
-        bench.row("fast_shap A, 24 pairs", bench.tool(tool="fast_shap", masking="drop", fast_shap=FastShap(pairs=24))),
+        bench.row("**fast_shap** (default)", bench.tool(tool="fast_shap", masking="drop")),
+        bench.row("fast_shap, 1 gradient", bench.tool(tool="fast_shap", masking="drop", fast_shap=FastShap(steps=1))),
+        bench.row("fast_shap A", bench.tool(tool="fast_shap", masking="drop", fast_shap=VARIANTS["A"])),
     ]
     slowest = float(rows[0][3])
     names = ["tool", "game", "evaluations", "s / picture", "token r", "block r", "top 10 %", "AUC", "top mass", "entropy", "x package"]

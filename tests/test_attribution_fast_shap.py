@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.games import PROMPTS, BrightScorer, Curved, additive, pictures
 
-from mmalign.attribution.fast_shap import VARIANTS, FastShap, divide, fast_shap, left_out, mask_bank, prior_factor, regress
+from mmalign.attribution.fast_shap import VARIANTS, FastShap, fast_shap, left_out, mask_bank, prior_factor, regress
 from mmalign.attribution.game import BlurGame, DropGame, ends
 from mmalign.attribution.maps import resize_area
 from mmalign.attribution.protocol import BlackBox
@@ -27,14 +27,14 @@ def curved(number: int = 3) -> BlurGame:
     return BlurGame(Curved(additive()), pictures(number), PROMPTS[:number], (6, 6))
 
 
-@pytest.mark.parametrize("config", [*VARIANTS.values(), FastShap(steps=0), FastShap(pairs=8)])
+@pytest.mark.parametrize("config", [*VARIANTS.values(), FastShap(steps=0), FastShap(), FastShap(pairs=8)])
 def test_the_sum_is_exactly_the_difference_between_whole_and_empty(config: FastShap) -> None:
     game = curved()
     full, empty = ends(game)
     assert torch.allclose(fast_shap(game, config).sum((1, 2)), full - empty, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("config", [FastShap(), FastShap(steps=0), VARIANTS["B"]])
+@pytest.mark.parametrize("config", [FastShap(pairs=64, steps=0), VARIANTS["A"], VARIANTS["B"]])
 def test_an_additive_game_with_fewer_cells_than_pairs_is_solved(config: FastShap) -> None:
     scorer = additive()
     game = BlurGame(scorer, pictures(), PROMPTS, (6, 6))
@@ -42,14 +42,19 @@ def test_an_additive_game_with_fewer_cells_than_pairs_is_solved(config: FastShap
     assert (fast_shap(game, config) - truth).abs().max() < 1e-3 * truth.abs().max()
 
 
-def test_an_additive_game_with_more_cells_than_pairs_is_approached_by_equations_and_gradients() -> None:
+def test_slopes_that_are_the_credit_are_believed_and_wrong_ones_are_not() -> None:
+    """In an additive game the slopes are the credit; a path of noise must not get its way."""
     scorer = additive()
     game = BlurGame(scorer, pictures(), PROMPTS, (12, 12))
     truth = scorer.credit(game.pixels, game.absent, 12)
-    signs = mask_bank((12, 12), 64, 0).flatten(1).double() * 2 - 1
-    said, asked = fast_shap(game).flatten(1) @ signs.T, truth.flatten(1) @ signs.T
-    assert np.corrcoef(said.flatten(), asked.flatten())[0, 1] > 0.97
-    assert np.corrcoef(fast_shap(game, VARIANTS["B"]).flatten(), truth.flatten())[0, 1] > 0.97
+    assert np.corrcoef(fast_shap(game).flatten(), truth.flatten())[0, 1] > 0.999
+    bank = mask_bank((12, 12), 64, 0).flatten(1).double() * 2 - 1
+    rows = torch.cat([bank, torch.ones(1, 144).double()])
+    noise = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(5)).double()
+    misled = regress(rows, truth.flatten(1) @ rows.T, prior_factor((12, 12), noise, FastShap()))
+    flat = regress(rows, truth.flatten(1) @ rows.T, prior_factor((12, 12), None, FastShap()))
+    closeness = [np.corrcoef(found.flatten(), truth.flatten())[0, 1] for found in (misled, flat)]
+    assert closeness[0] > 0.5 * closeness[1] > 0.2
 
 
 def test_left_out_residuals_are_those_of_refits() -> None:
@@ -84,20 +89,20 @@ def test_regression_chooses_more_noise_for_noisier_answers() -> None:
 def test_the_prior_follows_the_slopes_and_keeps_a_floor() -> None:
     path = torch.zeros(1, 6, 6, dtype=torch.float64)
     path[0, 1, 1] = 1.0
-    spread = (prior_factor((6, 6), path, FastShap()) @ prior_factor((6, 6), path, FastShap()).mT).diagonal(dim1=1, dim2=2).reshape(6, 6)
+    factor = prior_factor((6, 6), path, FastShap())
+    spread = (factor @ factor.mT).diagonal(dim1=1, dim2=2).reshape(6, 6)
     assert spread[0:3, 0:3].min() > 100 * spread[4, 4] > 0
+    assert spread[1, 1] > 2 * spread[0, 0], "the slope itself is allowed beside its surroundings"
 
 
 def test_the_bank_is_seeded_complementary_in_use_and_of_all_sizes() -> None:
     bank = mask_bank((24, 24), 64, 0)
     assert torch.equal(bank, mask_bank((24, 24), 64, 0)) and not torch.equal(bank, mask_bank((24, 24), 64, 1))
     sizes = bank.flatten(1).sum(1).double() / 576
-    assert 0.35 < float(sizes.mean()) < 0.65 and float(sizes.min()) < 0.15 and float(sizes.max()) > 0.85
+    assert 0.4 < float(sizes.mean()) < 0.6 and 0.25 <= float(sizes.min()) < 0.3 and 0.7 < float(sizes.max()) <= 0.75
 
 
-@pytest.mark.parametrize(
-    ("config", "evaluations"), [(VARIANTS["A"], 133), (VARIANTS["B"], 154), (FastShap(pairs=24), 53), (FastShap(steps=0), 130)]
-)
+@pytest.mark.parametrize(("config", "evaluations"), [(VARIANTS["A"], 133), (VARIANTS["B"], 154), (FastShap(), 90), (FastShap(steps=0), 66)])
 def test_evaluations_of_a_picture_are_counted(config: FastShap, evaluations: int) -> None:
     game = curved()
     fast_shap(game, config)
@@ -117,20 +122,7 @@ def test_a_black_box_is_explained_without_gradients() -> None:
     found = fast_shap(game)
     truth = (game.pixels - game.absent).mean(1).unflatten(2, (4, 6)).sum(3).unflatten(1, (4, 6)).sum(2).double() / 576
     assert np.corrcoef(found.flatten(), truth.flatten())[0, 1] > 0.99
-    assert game.evaluations == 130
-
-
-def test_dividing_keeps_the_credit_of_every_block() -> None:
-    generator = torch.Generator().manual_seed(0)
-    credit, path = torch.randn(2, 8, 8, generator=generator), torch.randn(2, 8, 8, generator=generator)
-    found = divide(credit, path, 3)
-    edges = (0, 3, 6, 8)
-    for top, bottom in zip(edges, edges[1:], strict=False):
-        for left, right in zip(edges, edges[1:], strict=False):
-            block = (slice(None), slice(top, bottom), slice(left, right))
-            assert torch.allclose(found[block].sum((1, 2)), credit[block].sum((1, 2)), atol=1e-5)
-            inside = found[block] - path[block]
-            assert float(inside.flatten(1).std(1).max()) < 1e-5, "inside a block only a constant is added to the path"
+    assert game.evaluations == 66
 
 
 def test_the_long_reference_finds_shapley_values() -> None:
@@ -177,18 +169,17 @@ def test_fast_shap_is_as_faithful_as_500_evaluations_of_the_tree(reference) -> N
     large = torch.nn.functional.interpolate(pixels, (96, 96), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     tree, fast = (BlurGame(scorer, large, texts, (24, 24)) for _ in range(2))
     slow_maps, fast_maps = shap(tree, Shap(evaluations=500)), fast_shap(fast)
-    assert fast.evaluations == 133 and tree.evaluations >= 499
+    assert fast.evaluations == 90 and tree.evaluations == 500
     for grid in (24, 8):
         assert fidelity(fast_maps, reference["blur"], grid) >= fidelity(slow_maps, reference["blur"], grid)
 
 
-def test_fast_shap_comes_close_in_the_game_of_dropped_patches(reference) -> None:
-    """With a quarter of the evaluations: 0.70 against 0.76 over patches, 0.82 against 0.83 over 2x2 of them, on the committed pictures."""
+def test_fast_shap_is_as_faithful_in_the_game_of_dropped_patches(reference) -> None:
     scorer = clipscore.load(clipscore.Config(model=str(CHECKPOINTS / "tiny-clip")))
     pixels = torch.from_numpy(reference["pixels"]).permute(0, 3, 1, 2).float() / 255
     texts = [prompt["text"] for prompt in json.loads(str(reference["prompts"]))]
     tree, fast = (DropGame(scorer, pixels, texts) for _ in range(2))
-    slow_maps, fast_maps = shap(tree, Shap(evaluations=500)), fast_shap(fast)
-    assert fast.evaluations == 133
+    slow_maps, fast_maps = shap(tree, Shap(evaluations=500)), fast_shap(fast, FastShap(steps=1))
+    assert fast.evaluations == 69 and tree.evaluations == 500
     for grid in (8, 4):
-        assert fidelity(fast_maps, reference["drop"], grid) >= 0.9 * fidelity(slow_maps, reference["drop"], grid)
+        assert fidelity(fast_maps, reference["drop"], grid) >= fidelity(slow_maps, reference["drop"], grid)

@@ -34,7 +34,7 @@ def options(folder: Path) -> shapes_preference.Config:
 
 
 def samples_of(pairs: list[tuple[str, tuple]]) -> list[Sample]:
-    pictures = render([scene for _, scene in pairs], 5)
+    pictures = render([scene for _, scene in pairs])
     return [Sample(Request(Prompt(f"p{i}", text), 0, i), image=pictures[i]) for i, (text, _) in enumerate(pairs)]
 
 
@@ -71,7 +71,7 @@ def test_the_value_is_the_heads_on_the_clips_features(built: Path) -> None:
     scorer = shapes_preference.load(options(built))
     state = {key: tensor.double() for key, tensor in load_file(built / "tiny-preference" / "head.safetensors").items()}
     (choice,) = choices(SMALL, "val", 1)
-    pixels = torch.from_numpy(render(list(choice.scenes[:1]), 5)).permute(0, 3, 1, 2) / 255
+    pixels = torch.from_numpy(render(list(choice.scenes[:1]))).permute(0, 3, 1, 2) / 255
     image, text = scorer.clip.encode_pixels(pixels)[0].double(), scorer.text_features([choice.text])[0].double()
     width = len(image)
     features = torch.cat([width * image * text, width**0.5 * image])

@@ -20,6 +20,7 @@ from mmalign.attribution.protocol import GatedScorer, PixelScorer
 from mmalign.types import MmalignError, UsageError
 
 Masking = Literal["blur", "drop"]
+DROP_CHUNK = 64  # rows of unlike sizes pad each other, and small chunks of sorted rows pad less
 
 
 class Game(Protocol):
@@ -137,7 +138,7 @@ class DropGame:
     def __init__(self, scorer: GatedScorer, pixels_BCHW: Tensor, prompts: list[str], chunk: int = 256) -> None:
         if len(prompts) != len(pixels_BCHW):
             raise UsageError(f"Attribution got {len(pixels_BCHW)} pictures and {len(prompts)} prompts. Give one prompt for each picture.")
-        self.scorer, self.pixels, self.prompts, self.chunk = scorer, pixels_BCHW, prompts, chunk
+        self.scorer, self.pixels, self.prompts, self.chunk = scorer, pixels_BCHW, prompts, min(chunk, DROP_CHUNK)
         self.grid, self.count, self.device = scorer.patch_grid(), len(pixels_BCHW), pixels_BCHW.device
         self.evaluations = 0.0
 

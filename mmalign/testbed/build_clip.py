@@ -84,7 +84,7 @@ def batch(recipe: Recipe, step: int, number: int) -> tuple[list[str], torch.Tens
     for _, (_, clauses, scene) in zip(range(number), sample_prompts("train", KINDS, 50_000_000 + step), strict=False):
         scenes.append(scene)
         texts.append(plan_of(scene) if rng.random() < recipe.described else text_of(clauses))
-    return texts, pixels_of(scenes, step)
+    return texts, pixels_of(scenes)
 
 
 def features(model, tokenizer, texts: list[str], x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

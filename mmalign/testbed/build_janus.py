@@ -8,7 +8,10 @@ The drawing corpus shows one thing wrong in a share of its pictures; the underst
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -20,13 +23,13 @@ from mmalign.testbed import corpus
 from mmalign.testbed.render import SIZE, render
 from mmalign.testbed.tokenizer import BOI, CHAT_TEMPLATE, train_tokenizer
 from mmalign.testbed.training import fit
-from mmalign.testbed.world import Scene
+from mmalign.testbed.world import COLORS, SHAPES, SIDE, SIZES, Scene, Thing
 
 PATCH = 4
 TOKENS = (SIZE // PATCH) ** 2
 GUIDANCE = 1.5
-UNSERVED = 0.1  # 1 - cosine to the nearest code
-THING_WEIGHT = 4.0  # of a place with a thing in the drawing loss; an empty one weighs 1
+TEMPERATURE = 0.05  # of the cosines by which the encoder names a code
+THING_WEIGHT = 4.0  # of a place with a thing in the losses of pictures; an empty one weighs 1
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class Recipe:
     """Sizes and lengths of the build; the shipped checkpoint is the default."""
 
     seed: int = 0
-    codes: int = 256
+    codes: int = 257
     width: int = 192
     layers: int = 4
-    vq_steps: int = 1500
-    vq_batch: int = 32
-    steps: int = 3000
+    vq_steps: int = 600
+    vq_batch: int = 48
+    steps: int = 4000
     batch: int = 64
     wrong: float = 0.25
     planned: float = 0.5
@@ -90,13 +93,9 @@ def make_model(recipe: Recipe, tokenizer):
     return JanusForConditionalGeneration(config)
 
 
-def pixels_of(scenes: list[Scene], seed: int) -> torch.Tensor:
+def pixels_of(scenes: list[Scene]) -> torch.Tensor:
     """Pictures of scenes as the model sees them: [B, 3, 32, 32] in [-1, 1]."""
-    return _to_model(render(scenes, seed))
-
-
-def _to_model(pictures_BHWC: np.ndarray) -> torch.Tensor:
-    return rearrange(torch.from_numpy(pictures_BHWC), "b h w c -> b c h w").float() / 127.5 - 1
+    return rearrange(torch.from_numpy(render(scenes)), "b h w c -> b c h w").float() / 127.5 - 1
 
 
 def encode(vq, x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -114,66 +113,58 @@ def reconstruct(vq, vectors_BND: torch.Tensor) -> torch.Tensor:
     return vq.decoder(vq.post_quant_conv(rearrange(vectors_BND, "b (h w) d -> b d h w", h=side, w=side)))
 
 
-def local_vectors(vq, scenes: list[Scene], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Code vectors that each depend on what stands in their own place alone, those of the whole pictures, and the pictures.
+@cache
+def _code_of_patch() -> dict[bytes, int]:
+    """The number of every patch that the world can show, by its pixels; the empty one's is 0."""
+    pictures = render([(), *([Thing(1, 1, *kind)] for kind in product(SHAPES, COLORS, SIZES))])
+    return {patch: number for number, patch in enumerate(dict.fromkeys(_patches(pictures)))}
 
-    Attention and group norms let a code carry anything about the whole picture, and a tokenizer that is free to do so spreads a thing's
-    colour over the background: codes that look the same differ, and a language model cannot predict them. So a place that one
-    thing touches takes its vector from a picture of that thing alone, an empty place from the empty board; only where two things meet
-    in one patch does the whole picture decide.
-    """
-    owners = [number for number, scene in enumerate(scenes) for _ in scene]
-    alone = [(thing,) for scene in scenes for thing in scene]
-    x_BCHW = pixels_of(scenes, seed)
-    solo_TCHW = _to_model(render(alone, seed, owners))
-    blank_1CHW = pixels_of([()], seed)
-    whole_BND, solo_TND, blank_1ND = encode(vq, torch.cat([x_BCHW, solo_TCHW, blank_1CHW])).float().split([len(scenes), len(alone), 1])
-    touched_TN = rearrange((solo_TCHW != blank_1CHW).any(1), "t (h i) (w j) -> t (h w) (i j)", i=PATCH, j=PATCH).any(-1)
-    owner_T = torch.tensor(owners)
-    count_BN = torch.zeros(whole_BND.shape[:2]).index_add(0, owner_T, touched_TN.float())
-    sum_BND = torch.zeros_like(whole_BND).index_add(0, owner_T, solo_TND * touched_TN[..., None])
-    local_BND = torch.where((count_BN == 0)[..., None], blank_1ND, torch.where((count_BN == 1)[..., None], sum_BND, whole_BND))
-    return local_BND, whole_BND, x_BCHW
+
+def _patches(pictures_BHWC: np.ndarray) -> list[bytes]:
+    patches = rearrange(pictures_BHWC, "b (h i) (w j) c -> (b h w) (i j c)", i=PATCH, j=PATCH)
+    return [patch.tobytes() for patch in patches]
+
+
+def codes_of(scenes: list[Scene]) -> torch.Tensor:
+    """Codes [B, 64] of the pictures of scenes: a patch holds a quarter of one thing or nothing, so its pixels name its code."""
+    known = _code_of_patch()
+    return torch.tensor([known[patch] for patch in _patches(render(scenes))]).view(len(scenes), TOKENS)
+
+
+def boards(seed: int, number: int) -> list[Scene]:
+    """Random scenes with every cell filled or not, so that a picture shows many patches."""
+    rng = Random(f"boards/{seed}")
+    cells = list(product(range(SIDE), range(SIDE)))
+    return [
+        tuple(Thing(*cell, rng.choice(SHAPES), rng.choice(COLORS), rng.choice(SIZES)) for cell in cells if rng.random() < 0.7)
+        for _ in range(number)
+    ]
 
 
 def train_vq(model, recipe: Recipe, work: Path) -> None:
-    """Vector-quantised autoencoder with unit-length codes and straight-through gradients, on local vectors; the vectors of whole pictures
-    learn to choose the same codes. Unused codes move to places that no code serves."""
+    """Vector-quantised autoencoder with unit-length codes, one for every patch of the world.
+
+    Attention and group norms let a code carry anything about the whole picture, and a tokenizer that is free to do so spreads a thing's
+    colour over the background: codes that look the same differ, and a language model cannot predict them. Here the patches are
+    known, so each has its code from the beginning: the encoder learns to name it, the decoder to draw it.
+    """
     vq = model.model.vqmodel
-    usage = torch.zeros(recipe.codes)
 
     def loss_of(step: int):
-        scenes = [drawing.scene for drawing in corpus.drawings(10_000_000 + step, recipe.vq_batch, recipe.wrong, 0.0)]
+        scenes = boards(10_000_000 + recipe.seed + step, recipe.vq_batch)
+        codes_BN, x_BCHW = codes_of(scenes), pixels_of(scenes)
+        book = F.normalize(vq.quantize.embedding.weight, dim=-1)
         with torch.autocast("cpu", torch.bfloat16):
-            z_BND, whole_BND, x_BCHW = local_vectors(vq, scenes, step)
-            codes_BN = nearest(vq, z_BND)
-            q_BND = F.normalize(vq.quantize.embedding(codes_BN), dim=-1)
-            decoded = reconstruct(vq, z_BND + (q_BND - z_BND).detach()).float()
-        usage.mul_(0.98).scatter_add_(0, codes_BN.flatten(), torch.ones(codes_BN.numel()))
-        if step % 20 == 19 and step < recipe.vq_steps // 2:
-            _revive(vq, usage, z_BND.detach(), step)
+            z_BND = encode(vq, x_BCHW)
+            decoded = reconstruct(vq, book[codes_BN]).float()
+        cosine_BNK = z_BND.float() @ book.T
+        naming = F.cross_entropy(cosine_BNK.flatten(0, 1) / TEMPERATURE, codes_BN.flatten())
         error = (decoded - x_BCHW).abs()
-        fit_loss = error.mean() + (error**2).mean() * 4
-        code_loss = (q_BND - z_BND.detach()).pow(2).sum(-1).mean() + 0.25 * (q_BND.detach() - z_BND).pow(2).sum(-1).mean()
-        same_loss = (whole_BND - q_BND.detach()).pow(2).sum(-1).mean()
-        agree = float((codes_BN == nearest(vq, whole_BND.detach())).float().mean())
-        figures = {"error": round(float(error.mean().detach()), 5), "agree": round(agree, 3), "codes_used": int((usage > 0.5).sum())}
-        return fit_loss + 0.5 * code_loss + 0.5 * same_loss, figures
+        figures = {"error": float(error.mean().detach()), "named": float((cosine_BNK.argmax(-1) == codes_BN).float().mean())}
+        return error.mean() + 4 * (error**2).mean() + 0.1 * naming, {name: round(value, 5) for name, value in figures.items()}
 
     fit("vq", work, vq.parameters(), {"vq": vq}, loss_of, recipe.vq_steps, 2e-3)
     vq.requires_grad_(False)
-
-
-@torch.no_grad()
-def _revive(vq, usage: torch.Tensor, z_BND: torch.Tensor, step: int) -> None:
-    dead = (usage < 0.1).nonzero().flatten()
-    flat = rearrange(z_BND, "b n d -> (b n) d")
-    # Only vectors that no code serves: a second code for what has one already would make the choice between them noise.
-    distance = 1 - (flat @ F.normalize(vq.quantize.embedding.weight, dim=-1).T).max(-1).values
-    unserved = (distance > UNSERVED).nonzero().flatten()
-    chosen = unserved[torch.randperm(len(unserved), generator=torch.Generator().manual_seed(step))[: max(1, len(dead) // 4)]]
-    vq.quantize.embedding.weight[dead[: len(chosen)]] = flat[chosen][: len(dead)]
-    usage[dead[: len(chosen)]] = 1.0
 
 
 def chat(tokenizer, text: str, image: bool) -> str:
@@ -201,8 +192,7 @@ def drawing_loss(model, tokenizer, recipe: Recipe, step: int) -> torch.Tensor:
     kept = (tokenizer.bos_token_id, tokenizer.boi_token_id)
     blank = np.random.default_rng([recipe.seed, step]).random(len(rows)) < recipe.no_text
     rows = [[t if t in kept else tokenizer.pad_token_id for t in row] if empty else row for row, empty in zip(rows, blank, strict=True)]
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):  # in half precision the nearest code is another one now and then
-        codes = nearest(model.model.vqmodel, local_vectors(model.model.vqmodel, [e.scene for e in examples], step)[0])
+    codes = codes_of([example.scene for example in examples])
     ids = _pad([row + [tokenizer.image_token_id] * (TOKENS - 1) for row in rows], tokenizer.pad_token_id)
     places = ids == tokenizer.image_token_id
     drawn = model.prepare_embeddings_for_image_generation(codes[:, :-1])
@@ -213,20 +203,14 @@ def drawing_loss(model, tokenizer, recipe: Recipe, step: int) -> torch.Tensor:
     logits = model.model.generation_head(hidden_states(model, embeds)[predicts])
     losses = F.cross_entropy(logits.float(), codes.flatten(), reduction="none")
     # Most places are empty and soon predicted; what a text decides are the few places where a thing stands.
-    weight = 1 + (THING_WEIGHT - 1) * (codes != _empty_board(model.model.vqmodel)).flatten().float()
+    weight = 1 + (THING_WEIGHT - 1) * (codes != 0).flatten().float()
     return (losses * weight).sum() / weight.sum()
-
-
-@torch.no_grad()
-def _empty_board(vq) -> torch.Tensor:
-    with torch.autocast("cpu", enabled=False):
-        return nearest(vq, encode(vq, pixels_of([()], 0)))
 
 
 def answering_loss(model, tokenizer, recipe: Recipe, step: int, number: int) -> torch.Tensor:
     """Cross-entropy of right answers about pictures; half of the pictures pass through the VQ model, as the model's own will have."""
     examples = corpus.questions(30_000_000 + recipe.seed + step, number)
-    x_BCHW = pixels_of([example.scene for example in examples], step)
+    x_BCHW = pixels_of([example.scene for example in examples])
     with torch.no_grad():
         vq = model.model.vqmodel
         half = number // 2
@@ -273,7 +257,7 @@ def train_language(model, tokenizer, recipe: Recipe, work: Path) -> None:
     def loss_of(step: int):
         with torch.autocast("cpu", torch.bfloat16):
             draw = drawing_loss(model, tokenizer, recipe, step)
-            answer = answering_loss(model, tokenizer, recipe, step, recipe.batch // 8)
+            answer = answering_loss(model, tokenizer, recipe, step, recipe.batch // 4)
             plan = planning_loss(model, tokenizer, recipe, step, recipe.batch // 16)
         figures = {"draw": draw, "answer": answer, "plan": plan}
         return draw + answer + 0.5 * plan, {name: round(float(value.detach()), 4) for name, value in figures.items()}

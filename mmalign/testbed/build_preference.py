@@ -69,13 +69,13 @@ def choices(recipe: Recipe, split: str, number: int) -> list[Choice]:
     return out
 
 
-def features_of(clip: _clip.Clip, made: list[Choice], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def features_of(clip: _clip.Clip, made: list[Choice]) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit features of both pictures [N, 2, D] and of the texts [N, D]."""
     pictures = []
     with torch.no_grad():
         for start in range(0, len(made), 100):
             scenes = [scene for choice in made[start : start + 100] for scene in choice.scenes]
-            pictures.append(clip.encode_images(list(render(scenes, seed + start))).unflatten(0, (-1, 2)))
+            pictures.append(clip.encode_images(list(render(scenes))).unflatten(0, (-1, 2)))
         texts = [clip.text_features([choice.text for choice in made[start : start + 100]]) for start in range(0, len(made), 100)]
     return torch.cat(pictures), torch.cat(texts)
 
@@ -86,7 +86,7 @@ def build(out: Path, work: Path, recipe: Recipe = Recipe()) -> None:
 
     clip = _clip.load(str(out.parent / "tiny-clip"), "tiny-clip", "cpu", "float32")
     made = {split: choices(recipe, split, number) for split, number in (("train", recipe.pairs), ("val", recipe.checked))}
-    features = {split: features_of(clip, pairs, 80_000_000) for split, pairs in made.items()}
+    features = {split: features_of(clip, pairs) for split, pairs in made.items()}
     image_N2D, text_ND = features["train"]
     chosen_N = torch.tensor([float(choice.is_first) for choice in made["train"]])
     with torch.random.fork_rng(devices=[]):

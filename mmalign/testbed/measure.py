@@ -30,7 +30,7 @@ def caption_pairs(number: int, seed: int = 0) -> tuple[np.ndarray, list[str], li
         true.append(text_of(clauses))
         false.append(text_of(changed))
         if len(true) == number:
-            return render(pictures, seed), true, false
+            return render(pictures), true, false
     raise AssertionError("the stream of prompts has no end")
 
 
@@ -103,7 +103,7 @@ def retrieval(clip: Any, tokenizer: Any, rounds: int = 8, seed: int = 0) -> floa
         stream = sample_prompts("test", KINDS, 92_000_000 + seed + number)
         scenes = [scene for _, (_, _, scene) in zip(range(32), stream, strict=False)]
         with torch.no_grad():
-            image, text = features(clip, tokenizer, [plan_of(scene) for scene in scenes], pixels_of(scenes, number))
+            image, text = features(clip, tokenizer, [plan_of(scene) for scene in scenes], pixels_of(scenes))
         hits.append((image @ text.T).argmax(1) == torch.arange(32))
     return float(torch.cat(hits).float().mean())
 

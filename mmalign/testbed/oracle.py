@@ -1,14 +1,14 @@
 """Reads pictures of the shapes world back into scenes, exactly: for each cell the thing whose drawing fits it best.
 
 For a template with coverage a and a cell with pixels y (background subtracted), the best colour is c = a.y / a.a, and the squared
-error left is |y|^2 - |a.y|^2 / a.a. The least error over all templates names shape, size and offset; the nearest palette entry names
+error left is |y|^2 - |a.y|^2 / a.a. The least error over all templates names shape and size; the nearest palette entry names
 the colour. Everything is one matrix product, so a training batch costs about a millisecond per hundred pictures.
 
 Decoded pictures have soft edges, so every template is tried sharp and at two blurs. A cell counts as empty while it holds less than
 a third of the smallest thing's energy, and as unclear (a thing that is there but is no thing of this world) when a third of its
 energy is left unexplained or its colour is far off.
 
-Legend: B pictures, K the nine cells, T templates, P the 100 pixels of a cell, C channels.
+Legend: B pictures, K the nine cells, T templates, P the 64 pixels of a cell, C channels.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def read(pixels_BHWC: np.ndarray) -> list[Reading]:
             if unexplained_BK[b, k] > UNEXPLAINED or distance[b, k].min() > COLOR_DISTANCE:
                 unclear += 1
                 continue
-            shape, size, _, _ = names[best_BK[b, k] % len(names)]
+            shape, size = names[best_BK[b, k] % len(names)]
             things.append(Thing(int(k) // SIDE, int(k) % SIDE, shape, COLORS[int(distance[b, k].argmin())], size))
         readings.append(Reading(tuple(things), unclear))
     return readings
