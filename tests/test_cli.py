@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from test_extend import FILES
 
-from mmalign import cli, evaluate
-from mmalign.options import Parser
+from mmalign import cli, evaluate, verbs
 
 ROOT = Path(__file__).parent.parent
 PLUGS = ["--plug", "redness.py", "--plug", "red_things.py", "--plug", "flat.py"]
@@ -247,15 +246,18 @@ def test_light_verbs_import_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "HEAVY []", done.stdout + done.stderr
 
 
-def test_a_new_verb_is_one_function(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    def verb_serve(parser: Parser) -> cli.Run:
-        """Serve scores over a socket."""
-        parser.add_argument("--port", type=int, default=1)
-        return lambda options, screen: screen.say(f"port {options.port}") or 0
-
-    monkeypatch.setattr(cli, "verb_serve", verb_serve, raising=False)
-    assert say("serve", "--port", "7")[:2] == (0, "port 7\n")
-    assert "    serve     Serve scores over a socket" in say("--help")[1]
+def test_a_new_verb_is_one_file(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "verbs"
+    folder.mkdir()
+    (folder / "listen.py").write_text(
+        '"""Listen at a port: for a while."""\n\n'
+        "def declare(parser):\n"
+        "    parser.add_argument('--port', type=int, default=1)\n"
+        "    return lambda options, screen: screen.say(f'port {options.port}') or 0\n"
+    )
+    monkeypatch.setattr(verbs, "__path__", [*verbs.__path__, str(folder)])
+    assert say("listen", "--port", "7")[:2] == (0, "port 7\n")
+    assert "    listen    Listen at a port" in say("--help")[1]
 
 
 def test_secrets_stay_out_of_everything(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ LAYERS = [
     {"models", "scorers", "testbed", "adapters"},
     {"evaluators", "trainers"},
     {"leaderboards", "tables", "report"},
-    {"doctor", "explain", "jobs", "training", "options", "cli", "__main__"},
+    {"doctor", "explain", "jobs", "training", "options", "verbs", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BROAD_EXCEPT_ALLOWED = {"mmalign/worker.py", "mmalign/executors.py", "mmalign/registry.py", "mmalign/cli.py"}
