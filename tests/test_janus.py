@@ -376,6 +376,15 @@ def test_images_and_answers_in_one_call(model, tmp_path):
     assert [result.request.prompt.id for result in results] == ["p3", "p1", "p2", "p4"]
 
 
+def test_with_an_instruction_the_model_reasons_and_draws_from_what_it_wrote(model):
+    plain, reasoned = (request(TEXTS[0], 3, **settings) for settings in ({}, {"instruction": "Plan: {prompt}", "reasoning_tokens": 5}))
+    before, after, alone = *model.generate([plain, reasoned]), model.generate([reasoned])[0]
+    assert "reasoning" not in before.extra and after.extra["reasoning"] == alone.extra["reasoning"]
+    assert np.array_equal(after.image, alone.image) and not np.array_equal(before.image, after.image)
+    codes = model.sample(model.encode_prompts(TEXTS[:1], reasoning=[after.extra["reasoning"]]), Policy(), [reasoned.seed]).actions
+    assert np.array_equal((model.decode(codes)[0] * 255).to(torch.uint8).permute(1, 2, 0).numpy(), after.image)
+
+
 def test_what_cannot_be_answered_is_a_failure_and_costs_nothing_else(model, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     results = model.generate(
@@ -402,6 +411,7 @@ def test_settings_come_from_the_checkpoint_and_the_request(model):
     [
         ({"task": "sing"}, "task 'sing'"),
         ({"guidence": 3}, "guidance"),
+        ({"instruction": "Plan first."}, "where the prompt goes"),
         ({"temperature": 0.0}, "temperature"),
         ({"guidance": float("nan")}, "guidance"),
     ],

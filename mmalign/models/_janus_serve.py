@@ -20,7 +20,7 @@ from mmalign.models._janus_text import ChatFormat, read_pixels
 from mmalign.models.layers.lanes import lanes
 from mmalign.models.layers.weights import check_names, check_shapes, read_tensors
 from mmalign.trajectory import Policy
-from mmalign.types import Failure, MmalignError, Request, Sample, UsageError, digest
+from mmalign.types import Failure, MmalignError, Request, Sample, UsageError, digest, request_seed
 
 REVISION = 1  # of the sampler: raise it when equal weights, seed and settings give other samples
 DTYPES = ("float32", "bfloat16", "float16")
@@ -84,24 +84,32 @@ class JanusModel(Janus):
         chosen = config.build(self.sampling_type, {**self.settings, **request.settings}, f"settings of {request.id}")
         if chosen.task not in ("image", "answer"):
             raise UsageError(f"Janus has no task '{chosen.task}'; there are image and answer. Correct sampling.task.")
+        if chosen.instruction and "{prompt}" not in chosen.instruction:
+            raise UsageError(f"sampling.instruction must say where the prompt goes: '{chosen.instruction}' holds no {{prompt}}.")
         return chosen
 
     def _draw(self, requests: Sequence[Request], settings: Any) -> list[dict[str, Any] | Failure]:
         wrong = {index: request for index, request in enumerate(requests) if request.size not in (None, self.size)}
         possible = [request for index, request in enumerate(requests) if index not in wrong]
-        drawn = iter(self._images(possible, Policy(settings.guidance, settings.temperature)) if possible else ())
-        return [self._wrong_size(request) if index in wrong else {"image": next(drawn)} for index, request in enumerate(requests)]
+        drawn = iter(self._images(possible, settings) if possible else ())
+        return [self._wrong_size(request) if index in wrong else next(drawn) for index, request in enumerate(requests)]
 
     @torch.no_grad()
-    def _images(self, requests: Sequence[Request], policy: Policy) -> list[np.ndarray]:
-        """uint8 [H, W, 3] each. Fractions are cut off, not rounded, as the official script does."""
-        prompts = self.encode_prompts([request.prompt.text for request in requests])
-        codes = self.sample(prompts, policy, [request.seed for request in requests]).actions
-        pictures: list[np.ndarray] = [np.empty(0)] * len(requests)
+    def _images(self, requests: Sequence[Request], settings: Any) -> list[dict[str, Any]]:
+        """uint8 [H, W, 3] each, and the reasoning where it was asked for. Fractions are cut off, not rounded, as the official script does."""
+        texts, seeds = [request.prompt.text for request in requests], [request.seed for request in requests]
+        thoughts: list[str] | None = None
+        if settings.instruction:
+            asked = [settings.instruction.format(prompt=text) for text in texts]
+            own = [request_seed(seed, "reasoning", 0) for seed in seeds]
+            thoughts = list(self.generate_text(asked, None, own, settings.reasoning_temperature, settings.reasoning_tokens).texts)
+        prompts = self.encode_prompts(texts, reasoning=thoughts)
+        codes = self.sample(prompts, Policy(settings.guidance, settings.temperature), seeds).actions
+        pictures: list[dict[str, Any]] = [{} for _ in requests]
         for lane in lanes([0] * len(requests), self.width):
             bytes_BHWC = (self.decode(codes[lane.rows]) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
             for row, picture in zip(lane.real, bytes_BHWC, strict=False):
-                pictures[row] = picture.copy()
+                pictures[row] = {"image": picture.copy(), "extra": {} if thoughts is None else {"reasoning": thoughts[row]}}
         return pictures
 
     def _wrong_size(self, request: Request) -> Failure:

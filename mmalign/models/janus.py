@@ -24,6 +24,7 @@ class Sampling:
     """Sampling settings with the official defaults; a checkpoint's generation_config.json may set another guidance.
 
     `task` is image (draw prompt.text) or answer (reply to prompt.text about prompt.meta["images"], at most one).
+    With an `instruction` ({prompt} stands for the text) the model first writes its reasoning and then draws from both, as T2I-R1 does.
     """
 
     guidance: float = 5.0  # generation_inference.py of deepseek-ai/Janus: cfg_weight 5, temperature 1
@@ -31,6 +32,9 @@ class Sampling:
     task: str = "image"
     answer_temperature: float = 0.0  # greedy, as inference.py there
     max_tokens: int = 512
+    instruction: str = ""
+    reasoning_temperature: float = 1.0
+    reasoning_tokens: int = 256
 
 
 def recognises(path: Path) -> bool:
