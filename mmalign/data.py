@@ -90,15 +90,19 @@ def fetch(name: str, cards: Iterable[Path] = ()) -> Path:
     place = _place(source)
     downloader = pooch.HTTPDownloader(timeout=TIMEOUT_SECONDS)
     try:
-        pooch.retrieve(source.url, f"sha256:{source.sha256}", fname=place.name, path=place.parent, downloader=downloader)
+        known = None if _is_git(source) else f"sha256:{source.sha256}"
+        pooch.retrieve(source.url, known, fname=place.name, path=place.parent, downloader=downloader)
+        if known is None and _state(source, place) != "ready":
+            place.unlink()
+            raise ValueError("another git blob")
     except (requests.RequestException, OSError) as error:
         raise MmalignError(
             f"The data '{name}' is not in {place.parent} and {source.url} cannot be reached ({type(error).__name__}). "
-            f"Bring the file {source.file} (sha256 {source.sha256}) from a machine that is online, then run: {_command(name)}"
+            f"Bring the file {source.file} ({_kind(source)} {source.sha256}) from a machine that is online, then run: {_command(name)}"
         ) from error
-    except ValueError as error:  # pooch's word for a checksum that differs
+    except ValueError as error:  # pooch's word, and ours, for a checksum that differs
         raise MmalignError(
-            f"The file at {source.url} is not the pinned '{name}': expected sha256 {source.sha256}. Nothing was kept. "
+            f"The file at {source.url} is not the pinned '{name}': expected {_kind(source)} {source.sha256}. Nothing was kept. "
             f"If you have the right file, run: {_command(name)}"
         ) from error
     return place
@@ -134,6 +138,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _hash(source: Source, path: Path) -> str:
+    """What the source is pinned by: the file's sha256, or its id as a git blob, where a repository names no other."""
+    if not _is_git(source):
+        return sha256(path)
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
+
+
+def _is_git(source: Source) -> bool:
+    return len(source.sha256) == 40
+
+
+def _kind(source: Source) -> str:
+    return "git blob" if _is_git(source) else "sha256"
+
+
 def _declared(card: Path) -> list[Source]:
     import yaml
 
@@ -160,14 +180,14 @@ def _place(source: Source) -> Path:
 def _state(source: Source, path: Path) -> State:
     if not path.is_file():
         return "absent"
-    return "ready" if sha256(path) == source.sha256 else "wrong"
+    return "ready" if _hash(source, path) == source.sha256 else "wrong"
 
 
 def _check(source: Source, path: Path) -> None:
-    got = sha256(path)
+    got = _hash(source, path)
     if got != source.sha256:
         raise MmalignError(
-            f"{path} is not the pinned data '{source.name}': expected sha256 {source.sha256}, got {got}. "
+            f"{path} is not the pinned data '{source.name}': expected {_kind(source)} {source.sha256}, got {got}. "
             f"Take it from {source.url}, then run: {_command(source.name)}"
         )
 

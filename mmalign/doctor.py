@@ -216,9 +216,9 @@ def _is_cached(name: str) -> bool:
 
 def _suite_needs(entry: registry.Entry, scorers: Mapping[str, Readiness], states: Mapping[str, str]) -> tuple[Need, ...]:
     needs = list(map(_need, entry.needs))
-    sources = registry.card(entry).data
-    own = [source for source in sources if source.name == entry.name]  # the others are variants that options ask for
-    for source in own or sources:
+    for source in registry.card(entry).data:
+        if source.optional:
+            continue
         needs.append(Need(f"data: {source.name}", states.get(source.name) == "ready", f"mmalign data add {source.name} --from PATH"))
     for name in scorers_of(entry):
         item = scorers.get(name)

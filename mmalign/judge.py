@@ -22,6 +22,7 @@ from mmalign.config import Secret
 from mmalign.types import Failure, MmalignError
 
 T = TypeVar("T")
+ImageKind = Literal["png", "jpeg", "jpeg75"]  # without loss; JPEG of quality 95; of 75, which is PIL's own default
 
 KEPT = 2000  # characters of a raw reply that a Failure's message keeps
 FATAL = (401, 403, 404)
@@ -47,7 +48,7 @@ class Endpoint:
     key: Secret = field(default_factory=lambda: Secret("OPENAI_API_KEY"))
     temperature: float = 0.0
     max_tokens: int = 1024
-    image: Literal["png", "jpeg"] = "png"
+    image: ImageKind = "png"
     concurrency: int = 16
     timeout: float = 120.0
     patience: float = 900.0
@@ -60,11 +61,12 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Question:
-    """What the judge is shown: images (uint8 [H, W, 3]), then the text."""
+    """What the judge is shown: images (uint8 [H, W, 3]), then the text; or the text first, where a protocol has it so."""
 
     text: str
     images: tuple[Any, ...] = ()
     system: str = ""
+    is_text_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Judge:
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": data_url(image, self.endpoint.image)}} for image in question.images
         ]
-        content.append({"type": "text", "text": question.text})
+        content.insert(0 if question.is_text_first else len(content), {"type": "text", "text": question.text})
         messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
         messages.append({"role": "user", "content": content})
         endpoint = self.endpoint
@@ -209,8 +211,8 @@ def json_in(text: str) -> dict[str, Any]:
     return content
 
 
-def data_url(image_HWC: Any, kind: Literal["png", "jpeg"]) -> str:
-    """The image as a data URL: PNG without loss, or JPEG of quality 95 where a judge's official client sends that."""
+def data_url(image_HWC: Any, kind: ImageKind) -> str:
+    """The image as a data URL: PNG without loss, or JPEG where a judge's official client sends that."""
     from mmalign.images import check_image, encode_png
 
     if kind == "png":
@@ -220,7 +222,7 @@ def data_url(image_HWC: Any, kind: Literal["png", "jpeg"]) -> str:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(check_image(image_HWC)).save(buffer, format="JPEG", quality=95)
+    Image.fromarray(check_image(image_HWC)).save(buffer, format="JPEG", quality=75 if kind == "jpeg75" else 95)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

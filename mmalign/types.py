@@ -139,7 +139,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """One benchmark file: its name here, the file's name, the pinned public address (with a commit), its sha256 and licence."""
+    """One benchmark file: its name here, the file's name, the pinned public address (with a commit), its sha256 and licence.
+
+    `sha256` may be a git blob id (40 hex digits) instead. `optional`: only an option of the suite asks for it.
+    """
 
     name: str
     file: str
@@ -147,6 +150,7 @@ class Source:
     sha256: str
     licence: str
     note: str = ""
+    optional: bool = False
 
 
 @dataclass(frozen=True)
