@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to a score.  make test: all fast tests.  Both need Python 3.11 or newer and nothing else.
+# make demo: from a fresh clone to a score.  make test: all fast tests.  make tables: the papers' tables again.  Both need Python 3.11 or newer and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 LIMIT ?= 40
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint tables clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mmalign eval --model tiny-janus --suite shapes --limit $(LIMIT) --results results/demo
@@ -21,6 +21,9 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
+
+tables: $(VENV)/.installed
+	$(BIN)/mmalign table --render leaderboards/rendered
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info results/demo
