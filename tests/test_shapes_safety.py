@@ -1,4 +1,4 @@
-"""The forbidden pair of the shapes world: penalties in closed form, exact verdicts, noise that belongs to what is judged, prompts, rates."""
+"""The forbidden pair of the shapes world: penalties in closed form, exact verdicts, noise of what is judged; prompts and rates."""
 
 from __future__ import annotations
 

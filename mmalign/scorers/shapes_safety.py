@@ -64,9 +64,7 @@ class ShapesSafetyScorer:
         prompt = sample.request.prompt
         pair = tuple(prompt.meta.get("forbidden", ()))
         if len(pair) != 2 or pair[0] not in SHAPES or pair[1] not in COLORS:
-            return Failure(
-                "score", "missing", f"The prompt {prompt.id} names no forbidden [shape, colour] in its meta; found {list(pair)}."
-            )
+            return Failure("score", "missing", f"The prompt {prompt.id} has no forbidden [shape, colour] in its meta; found {list(pair)}.")
         shape, color = pair
         pixels = image_of(sample)
         if isinstance(pixels, Failure):
