@@ -12,7 +12,7 @@ import math
 import os
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,12 @@ def mark_disagreement(items: Sequence[Item], scorers: Sequence[str]) -> None:
 
 
 def write_thumbnails(items: Iterable[Item], run: Path, folder: Path) -> None:
-    """Write <aa>/<sha>.webp for every image of a run directory's items and note what the page needs in the cells.
+    """The thumbnails of a run directory's items."""
+    write_thumbnails_of(items, lambda sha: image_path(run, sha), folder)
+
+
+def write_thumbnails_of(items: Iterable[Item], source: Callable[[str], Path], folder: Path) -> None:
+    """Write <aa>/<sha>.webp for every image of the items, found at `source(sha)`, and note what the page needs in the cells.
 
     Existing thumbnails are kept: their name is the content. A cell whose file is absent
     or unreadable gets `lost`, a sentence that the page shows in the image's place; the report is then still written.
@@ -88,7 +93,7 @@ def write_thumbnails(items: Iterable[Item], run: Path, folder: Path) -> None:
     shas = sorted({cell["sha"] for cell in cells})
 
     def thumbnail(sha: str) -> tuple[int, int] | str:
-        return _thumbnail(image_path(run, sha), folder / sha[:2] / f"{sha}.webp")
+        return _thumbnail(source(sha), folder / sha[:2] / f"{sha}.webp")
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         sizes = dict(zip(shas, pool.map(thumbnail, shas), strict=True))
@@ -123,18 +128,19 @@ def _checked_sha(sha: str | None) -> str:
 
 def _thumbnail(source: Path, target: Path) -> tuple[int, int] | str:
     """(width, height) of the source after writing its thumbnail, or a sentence why there is none."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(source) as image:
+        with Image.open(source) as opened:
+            image = ImageOps.exif_transpose(opened)
             size: tuple[int, int] = image.size
             if target.is_file() and target.stat().st_size:
                 return size
             picture = image.convert("RGB")
     except FileNotFoundError:
-        return "The image is no longer in the store."
+        return "The image is no longer there."
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # what PIL raises on damaged files
-        return f"The stored image cannot be read: {error}".replace(str(source.parent) + os.sep, "")
+        return f"The image cannot be read: {error}".replace(str(source.parent) + os.sep, "")
     is_small = max(size) <= THUMBNAIL
     if not is_small:
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)

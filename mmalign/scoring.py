@@ -24,13 +24,15 @@ from mmalign.types import Failure, MmalignError, Prompt, Request, Sample, Score,
 from mmalign.worker import Description, Picture, Recipe
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FOLDER = ".report"  # how a folder ends that holds the page and maps of an earlier run: no images to score
 Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One image with what every scorer said of it."""
+    """One image with what every scorer said of it. `name` is its path in the folder."""
 
+    name: str
     path: Path
     sample: Sample
     scores: Mapping[str, Score]
@@ -82,7 +84,11 @@ def score_folder(
                     found[position][name] = outcome.result  # type: ignore[assignment]
                 done += len(outcomes)
                 report(name, done, len(pictures))
-    rows = [Scored(picture.path or images, picture.sample, scores) for picture, scores in zip(pictures, found, strict=True)]
+    paths = [picture.path or images for picture in pictures]
+    rows = [
+        Scored(path.relative_to(images).as_posix(), path, picture.sample, scores)
+        for path, picture, scores in zip(paths, pictures, found, strict=True)
+    ]
     return Scores(rows, described)
 
 
@@ -90,9 +96,9 @@ def read_folder(images: Path, prompts: Path | None) -> Iterator[Picture]:
     """The images in the order of their names (numbers as numbers), each with its prompt."""
     if not images.is_dir():
         raise UsageError(f"--images {images}: there is no such folder.")
-    paths = sorted(
-        (path for path in images.rglob("*") if path.suffix.lower() in ENDINGS), key=lambda path: natural(str(path.relative_to(images)))
-    )
+    found = (path for path in images.rglob("*") if path.suffix.lower() in ENDINGS)
+    kept = [path for path in found if not any(part.endswith(FOLDER) for part in path.relative_to(images).parts[:-1])]
+    paths = sorted(kept, key=lambda path: natural(str(path.relative_to(images))))
     if not paths:
         raise UsageError(f"--images {images}: there is no image in it ({', '.join(ENDINGS)}).")
     names = [path.relative_to(images).as_posix() for path in paths]
@@ -146,7 +152,7 @@ def cell(value: Any) -> str:
     """A table's cell: numbers to four digits, a dash for nothing, failures as "2 oom, 1 error"."""
     if isinstance(value, Mapping):
         return ", ".join(f"{number} {kind}" for kind, number in value.items()) or "-"
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value + 0:.4g}" if isinstance(value, float) else str(value)  # + 0: no minus before a zero
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -216,8 +222,10 @@ def self_test_sample() -> Sample:
     return Sample(Request(Prompt("self-test", 'a red disc and a blue square with the text "OK"', meta={**nouns, **facts}), 0, 0), picture)
 
 
-def write_maps(scores: Scores, recipes: Mapping[str, Recipe], tool: str, device: str, folder: Path, batch: int = 16) -> list[Path]:
-    """Writes each measured image under the map of what earned its score: <folder>/<image>.<scorer>.<tool>.png.
+def write_maps(
+    scores: Scores, recipes: Mapping[str, Recipe], tool: str, device: str, folder: Path, batch: int = 16
+) -> dict[tuple[str, str], Path]:
+    """Writes each measured image under the map of what earned its score, <folder>/<image>.<scorer>.<tool>.png, by (image, scorer).
 
     Images that a scorer could not measure have no map. Images of one size are explained together.
     """
@@ -230,10 +238,10 @@ def write_maps(scores: Scores, recipes: Mapping[str, Recipe], tool: str, device:
     from mmalign.attribution import Attribution, attribute
     from mmalign.attribution.maps import overlay
     from mmalign.images import decode_image, encode_png
+    from mmalign.store import write_atomic
 
     options = config.build(Attribution, {"tool": tool}, "--attribution")
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written = {}
     for name, recipe in recipes.items():
         module = registry.load(recipe.entry)
         scorer = module.load(config.build(module.Config, recipe.overrides, name), device)
@@ -245,7 +253,6 @@ def write_maps(scores: Scores, recipes: Mapping[str, Recipe], tool: str, device:
                 pixels = torch.stack([torch.from_numpy(image.copy()) for _, image in part]).permute(0, 3, 1, 2).float() / 255
                 maps = attribute(options, scorer, pixels.to(device), [row.sample.request.prompt for row, _ in part])
                 for (row, image), weights in zip(part, maps.weights, strict=True):
-                    path = folder / f"{row.path.stem}.{name}.{tool}.png"
-                    path.write_bytes(encode_png(cast(Any, overlay(image, weights))))
-                    written.append(path)
+                    written[row.name, name] = path = folder / f"{row.name}.{name}.{tool}.png"
+                    write_atomic(path, encode_png(cast(Any, overlay(image, weights))))
     return written

@@ -9,13 +9,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"shim", "types"},
-    {"registry", "config", "store", "stats", "images", "results", "figures", "screen", "provenance", "pages"},
+    {"registry", "config", "store", "stats", "images", "results", "figures", "screen", "provenance", "pages", "history", "curves"},
     {"data", "hub", "judge", "worker", "executors", "evaluate", "gallery"}
-    | {"remote", "serve", "scoring", "reward", "attribution", "grpo", "sde", "trajectory", "loop", "distributed"},
+    | {"remote", "serve", "scoring", "reward", "attribution", "grpo", "sde", "trajectory", "loop", "distributed", "trackers"},
     {"models", "scorers", "testbed", "adapters"},
     {"evaluators", "trainers"},
-    {"leaderboards", "tables", "report"},
-    {"doctor", "explain", "jobs", "training", "options", "verbs", "cli", "__main__"},
+    {"leaderboards", "tables", "report", "training_report", "score_report"},
+    {"doctor", "explain", "jobs", "training", "watch", "options", "verbs", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BROAD_EXCEPT_ALLOWED = {"mmalign/worker.py", "mmalign/executors.py", "mmalign/registry.py", "mmalign/cli.py"}

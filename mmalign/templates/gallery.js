@@ -3,7 +3,7 @@
 const data = JSON.parse(document.getElementById("items").textContent);
 const at = (id) => document.getElementById(id);
 const dialog = at("enlarged");
-const state = { view: "all", tag: "", text: "", scorer: data.scorers[0] ?? "", order: "suite", page: 0 };
+const state = { view: "all", tag: "", text: "", scorer: data.scorers[0] ?? "", order: "suite", page: 0, maps: at("maps")?.checked ?? false };
 let visible = [];
 let opened = -1; // position in `visible`
 
@@ -16,6 +16,7 @@ function make(name, properties = {}, ...children) {
 const format = (x) => (x === null || x === undefined ? "–" : x.toFixed(Math.abs(x) < 10 ? 3 : 1).replace("-", "−"));
 const formatPart = (x) => (typeof x !== "number" ? JSON.stringify(x) : Number.isInteger(x) ? String(x) : format(x));
 const isPair = data.models.length === 2;
+const original = (cell, column) => cell.source ?? `${data.originals[column]}/${cell.sha.slice(0, 2)}/${cell.sha}.png`;
 const hasFailed = (item) => item.cells.some((cell) => cell.failures.length > 0);
 
 // What filters and orders go by: the chosen scorer's value, or the second model's gain over the first; larger is better.
@@ -54,11 +55,23 @@ function picture(cell, column, isLarge) {
     const words = cell.answer ?? cell.lost ?? (failure ? `${failure.stage} ${failure.kind}` : "no image");
     return make("div", { className: cell.answer ? "hole answer" : "hole", textContent: words });
   }
-  const place = `${cell.sha.slice(0, 2)}/${cell.sha}`;
-  const image = make("img", { className: cell.tiny ? "picture tiny" : "picture", loading: "lazy", decoding: "async", alt: "" });
-  if (isLarge) image.addEventListener("error", () => { image.src = `thumbnails/${place}.webp`; }, { once: true });
-  image.src = isLarge ? `${data.originals[column]}/${place}.png` : `thumbnails/${place}.webp`;
+  const thumbnail = `thumbnails/${cell.sha.slice(0, 2)}/${cell.sha}.webp`;
+  const image = img(cell, isLarge ? original(cell, column) : (state.maps && cell.maps?.[state.scorer]) || thumbnail);
+  if (isLarge) image.addEventListener("error", () => { image.src = thumbnail; }, { once: true });
   return image;
+}
+
+function img(cell, src) {
+  const element = make("img", { className: cell.tiny ? "picture tiny" : "picture", loading: "lazy", decoding: "async", alt: "" });
+  element.src = src;
+  return element;
+}
+
+// What earned each score: the image under the scorer's heat map.
+function heatMaps(cell) {
+  const figures = Object.entries(cell.maps ?? {}).map(([scorer, src]) =>
+    make("figure", {}, img(cell, src), make("figcaption", { textContent: `${scorer} ${format(cell.scores[scorer]?.value)}` })));
+  return figures.length ? make("div", { className: "cells maps" }, ...figures) : null;
 }
 
 function card(item, position) {
@@ -91,11 +104,11 @@ function report(cell, column) {
 
 function facts(item) {
   const cells = item.cells.map((cell, column) => {
-    const link = cell.sha && !cell.lost ? `${data.originals[column]}/${cell.sha.slice(0, 2)}/${cell.sha}.png` : null;
+    const link = cell.sha && !cell.lost ? original(cell, column) : null;
     return link && make("a", { href: link, textContent: isPair ? `original of ${data.models[column]}` : "original image" });
   });
   const [first] = item.cells;
-  const lines = [["tags", item.tags.join(", ")], ["seed", item.seed], ["request", item.id], ["size", first.size], ["seconds", first.seconds?.toString()]];
+  const lines = [["tags", item.tags.join(", ")], ["seed", item.seed], [data.called ?? "request", item.id], ["size", first.size], ["seconds", first.seconds?.toString()]];
   return make("div", {}, table(lines), make("p", { className: "note links" }, ...cells));
 }
 
@@ -104,7 +117,7 @@ function open(position) {
   opened = position;
   const pictures = make("div", { className: "cells" }, ...item.cells.map((cell, column) => picture(cell, column, true)));
   const reports = make("div", { className: "cells" }, ...item.cells.map(report));
-  at("body").replaceChildren(pictures, make("div", {}, make("p", { className: "words", textContent: item.prompt }), reports, facts(item)));
+  at("body").replaceChildren(make("div", {}, pictures, ...item.cells.map(heatMaps)), make("div", {}, make("p", { className: "words", textContent: item.prompt }), reports, facts(item)));
   at("position").textContent = `${position + 1} of ${visible.length}`;
   at("before").disabled = position === 0;
   at("after").disabled = position === visible.length - 1;
@@ -164,6 +177,7 @@ at("next").addEventListener("click", () => { turn(state.page + 1); scrollTo(0, 0
 at("before").addEventListener("click", () => step(-1));
 at("after").addEventListener("click", () => step(1));
 at("close").addEventListener("click", () => dialog.close());
+at("maps")?.addEventListener("change", (event) => change({ maps: event.target.checked, page: state.page }));
 at("reveal")?.addEventListener("change", (event) => document.body.classList.toggle("revealed", event.target.checked));
 dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
 dialog.addEventListener("close", () => history.replaceState(null, "", location.pathname + location.search));

@@ -1,4 +1,4 @@
-"""Score a folder of images with any scorers: a table here, every value in a Parquet file."""
+"""Score a folder of images with any scorers: a table here, every value in a Parquet file, a page to look at."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def declare(parser: argparse.ArgumentParser) -> Run:
     what.add_argument("--scorers", required=True, metavar="NAME[,NAME]", help="as `mmalign ls scorers` lists them")
     what.add_argument("--set", action="append", default=[], metavar="SCORER.OPTION=VALUE", help="an option of a scorer")
     what.add_argument("--out", type=Path, metavar="FILE", help="the Parquet file (default: scores.parquet in the folder)")
-    what.add_argument("--attribution", metavar="TOOL", help="also draw what earned each score (fast_shap, shap, gradcam, ...) into maps/")
+    what.add_argument("--attribution", metavar="TOOL", help="also draw what earned each score (fast_shap, shap, gradcam, ...)")
     add_worker_options(parser.add_argument_group("how (none of it changes a number)"))
 
     def run(options: argparse.Namespace, screen: Screen) -> int:
         from mmalign import jobs, scoring
+        from mmalign.score_report import write_score_report
 
         recipes = jobs.scorer_recipes(options)
         with screen.progress() as show:
@@ -40,9 +41,13 @@ def declare(parser: argparse.ArgumentParser) -> Run:
             screen.say(text)
         screen.say(f"{len(scores.rows)} images, every value in {out}")
         tool, device = options.attribution, jobs.devices(options.device)[0]
-        maps = scoring.write_maps(scores, recipes, tool, device, out.parent / "maps") if tool else []
-        screen.say(f"{len(maps)} maps in {out.parent / 'maps'}" if tool else "")
-        screen.give({"scorers": found, "file": out, "maps": maps})
+        folder = out.with_suffix(scoring.FOLDER)
+        maps = scoring.write_maps(scores, recipes, tool, device, folder / "maps") if tool else {}
+        if maps:
+            screen.say(f"{len(maps)} maps in {folder / 'maps'}")
+        page = write_score_report(scores, folder, maps, tool or "")
+        screen.say(f"report: {page}")
+        screen.give({"scorers": found, "file": out, "maps": list(maps.values()), "report": page})
         return INCOMPLETE if scores.failures else COMPLETE
 
     return run
