@@ -1,16 +1,16 @@
-"""What every trainer shares: optimiser, LoRA, EMA, exact resume, metrics, the held-out panel. No method lives here.
+"""What every trainer shares: optimiser, LoRA, EMA, exact resume, figures, pictures, the held-out panel. No method lives here.
 
 A step depends on (seed, step) and the weights alone: prompts, sampling seeds and masks are drawn from both, never from state that
-accumulates. So a run that was killed continues from its last state exactly as if nothing had happened.
+accumulates. So a run that was killed continues from its last state exactly as if nothing had happened, and looking at a run (pictures,
+panel, trackers) changes nothing in it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from mmalign import config as configs
-from mmalign import distributed
+from mmalign import distributed, history
+from mmalign.trackers import Tracker
 from mmalign.types import MmalignError, Prompt, UsageError, digest
 
 KEPT_STATES = 2
+OBSERVING = ("image_every", "tracker")  # options that look at a run and change nothing in it: a run continues under others
+Pictures = list[tuple[Any, str]]  # uint8 [H, W, 3] and a caption
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,22 @@ class LoopConfig:
     gradient_checkpointing: bool = False
     save_every: int = 50
     panel_every: int = 0  # steps between measurements on held-out prompts; 0: never
+    image_every: int = 25  # steps between pictures of the same prompts and seeds, for the report; 0: none
+    tracker: tuple[str, ...] = ()  # tensorboard, wandb, trackio; metrics.jsonl is written always
     parts: tuple[str, ...] = ("language", "text_head")  # which of the model's trainable parts learn; the rest is frozen
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """Sampling settings with which a model so trained is measured, where they are not the model's own."""
+        return {}
 
 
 class Loop:
-    """One training run in one folder. Trainers use `steps`, `draw`, `backward`, `update`, `reference`, `log`."""
+    """One training run in one folder. Trainers use `steps`, `draw`, `backward`, `update`, `reference`, `log`, `keep`.
+
+    `panel` measures and `pictures` draws with the weights as they are; every process calls them. Figures and pictures also go to
+    `trackers` (the first process has them).
+    """
 
     def __init__(
         self,
@@ -60,8 +74,10 @@ class Loop:
         run: Path,
         panel: Callable[[], dict[str, float]] | None = None,
         say: Callable[[str], None] | None = None,
+        pictures: Callable[[], Pictures] | None = None,
     ) -> None:
         self.config, self.model, self.run, self.panel, self.say = config, model, run, panel, say
+        self.pictures, self.trackers = pictures, list[Tracker]()
         self.step = 0
         self._figures: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
@@ -85,7 +101,13 @@ class Loop:
     # -- what a trainer calls ---------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left. After each one: schedule, log line, state, panel."""
+        """The steps that are left. After each one: panel, pictures, log line, state."""
+        if self.step == 0:  # what training starts from
+            if self.panel and self.config.panel_every:
+                self._measure_panel()
+            self._draw_pictures()
+            if self._figures:
+                self._write_log()
         while self.step < self.config.steps:
             begun = time.monotonic()
             yield self.step
@@ -94,6 +116,8 @@ class Loop:
             last = self.step == self.config.steps
             if self.panel and self.config.panel_every and (self.step % self.config.panel_every == 0 or last):
                 self._measure_panel()
+            if self.shows or last:
+                self._draw_pictures()
             self._write_log()
             if self.step % self.config.save_every == 0 or last:
                 self.save()
@@ -189,17 +213,14 @@ class Loop:
         yield
         self._timed(name, time.monotonic() - begun)
 
-    def save_images(self, images: Sequence[Any], columns: int) -> None:
-        """A sheet of the step's pictures (uint8 [H, W, 3] each) under samples/."""
-        if distributed.rank() == 0 and len(images):
-            import numpy as np
+    @property
+    def shows(self) -> bool:
+        """Whether pictures are kept at this step: of the same prompts, and what a trainer wants to `keep` of its own."""
+        return bool(self.config.image_every) and self.step % self.config.image_every == 0
 
-            from mmalign.images import encode_png
-
-            rows = [np.concatenate(images[at : at + columns], axis=1) for at in range(0, len(images) - len(images) % columns, columns)]
-            folder = self.run / "samples"
-            folder.mkdir(exist_ok=True)
-            (folder / f"step-{self.step:06d}.png").write_bytes(encode_png(np.concatenate(rows, axis=0)))
+    def keep(self, kind: str, pictures: Pictures, title: str = "") -> None:
+        """Keeps pictures of the step that is being done under <kind>/ (the first process does), and shows them to the trackers."""
+        self._keep(self.step + 1, kind, pictures, title)
 
     def export(self, folder: Path) -> None:
         """Writes the trained checkpoint (averaged when there is an average, LoRA merged) in the family's official layout; every process
@@ -242,13 +263,11 @@ class Loop:
 
     def _resume(self) -> None:
         folder = distributed.latest_state(self.run / "state")
-        if folder is None:
-            return
-        with torch.no_grad():
-            manifest = distributed.load_state(folder, self._tensors())
-        self.step = manifest["step"]
+        if folder is not None:
+            with torch.no_grad():
+                self.step = distributed.load_state(folder, self._tensors())["step"]
         if distributed.rank() == 0:
-            _truncate(self.run / "metrics.jsonl", self.step)
+            history.truncate_metrics(self.run, self.step if folder else -1)
 
     # -- figures ----------------------------------------------------------------------------------------------------------------
 
@@ -257,62 +276,33 @@ class Loop:
 
     def _write_log(self) -> None:
         if distributed.rank() == 0:
-            line = {"step": self.step, **self._figures, **{f"seconds/{name}": round(value, 4) for name, value in self._seconds.items()}}
-            with (self.run / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            seconds = {f"seconds/{name}": round(value, 4) for name, value in self._seconds.items()}
+            line = {"step": self.step, **self._figures, **seconds}
+            history.append_metrics(self.run, line)
+            for tracker in self.trackers:
+                tracker.log(self.step, {name: value for name, value in line.items() if name != "step"})
             if self.say:
                 names = ("reward", "spread", "kl", "grad_norm", *(key for key in line if key in ("panel/strict",)), "seconds/step")
                 self.say(f"step {self.step:5d}  " + "  ".join(f"{name} {line[name]:.4g}" for name in names if name in line))
         self._figures, self._seconds = {}, {}
 
+    def _draw_pictures(self) -> None:
+        if self.pictures is not None and self.config.image_every:
+            with self.timer("pictures"), self.averaged(), self.rollout():
+                drawn = self.pictures()
+            self._keep(self.step, "samples", drawn)
+
+    def _keep(self, step: int, kind: str, pictures: Pictures, title: str = "") -> None:
+        if distributed.rank() == 0 and pictures:
+            history.write_album(self.run, kind, step, pictures, title)
+            for tracker in self.trackers:
+                tracker.show(step, kind, pictures)
+
     def _measure_panel(self) -> None:
         assert self.panel is not None
-        with self.timer("panel"), self.averaged():
+        with self.timer("panel"), self.averaged(), self.rollout():
             figures = self.panel()
         self.log(**{f"panel/{name}": value for name, value in figures.items()})
-
-
-def hacking_note(metrics: Sequence[dict[str, float]], reward: str = "reward") -> str | None:
-    """A sentence when the training reward rises while a held-out measure falls, from the first to the last third of a run.
-
-    A rise or fall counts when it exceeds twice the standard error of the difference of the two thirds' means."""
-    trend = _trend([line[reward] for line in metrics if reward in line])
-    if trend is None or trend <= 0:
-        return None
-    names = sorted({key for line in metrics for key in line if key.startswith("panel/")})
-    falling = [name for name in names if (change := _trend([line[name] for line in metrics if name in line])) is not None and change < 0]
-    if not falling:
-        return None
-    return (
-        f"The training reward rises while {', '.join(name.removeprefix('panel/') for name in falling)} on held-out prompts "
-        f"{'falls' if len(falling) == 1 else 'fall'}: the model may be exploiting its reward."
-    )
-
-
-def _trend(values: Sequence[float]) -> float | None:
-    third = len(values) // 3
-    if third < 2:
-        return None
-    first, last = values[:third], values[-third:]
-    means = [sum(part) / third for part in (first, last)]
-    variance = sum(sum((v - m) ** 2 for v in part) / (third - 1) / third for part, m in zip((first, last), means, strict=True))
-    change = means[1] - means[0]
-    return change if abs(change) > 2 * math.sqrt(variance) else 0.0
-
-
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics log."""
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def _truncate(file: Path, step: int) -> None:
-    """Drops log lines of steps after the state, which will be done again."""
-    if file.exists():
-        lines = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        aside = file.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in lines))
-        os.replace(aside, file)
 
 
 def _schedule(config: LoopConfig, step: int) -> float:

@@ -11,7 +11,7 @@ import hashlib
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mmalign.figures import format_number
+from mmalign.figures import format_number, format_signed
 from mmalign.types import Metric
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ def open_bounds(metric: Metric) -> tuple[float, float] | None:
     return metric.bounds if metric.bounds and metric.bounds[0] < metric.bounds[1] else None
 
 
+def _signed(x: float | None) -> str:
+    return format_number(x) if x is None else format_signed(x)
+
+
 @cache
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -41,7 +45,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("mmalign", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": format_number, "open_bounds": open_bounds}
+    environment.filters |= {"number": format_number, "signed": _signed, "open_bounds": open_bounds}
     return environment
 
 

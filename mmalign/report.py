@@ -18,6 +18,7 @@ from urllib.parse import quote
 from mmalign import figures, gallery, pages, results, stats
 from mmalign.figures import format_number, format_signed
 from mmalign.store import disk_errors, slug, write_atomic
+from mmalign.training_report import is_training_run, write_training_report
 from mmalign.types import KINDS, Metric, Result, Row, UsageError, digest
 
 PAGE_SIZE = 200  # images that a gallery shows at once
@@ -80,11 +81,15 @@ class Run:
 
 
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the pages of these runs into `out` and return the path of index.html.
+    """Write the pages of these runs (or the page of one training run) into `out` and return the path of index.html.
 
     Without `out` one run's report goes into its own directory, that of several into `report/` beside them. UsageError for a directory
     without a result; MmalignError for rows or results that cannot be read and for a folder that cannot be written.
     """
+    if any(map(is_training_run, run_dirs)):
+        if len(run_dirs) > 1:
+            raise UsageError("A training run has a page of its own: give its folder alone. Results of `mmalign eval` share a report.")
+        return write_training_report(run_dirs[0], out)
     runs = read_runs(run_dirs)
     if out is None:
         folders = [str(run.directory.resolve()) for run in runs]

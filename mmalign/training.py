@@ -1,7 +1,8 @@
 """From what was typed to a training run: a trainer's config, a model, a reward, prompts, one folder; then the checkpoint it leaves.
 
-A run's folder holds `run.json` (everything that was chosen), `metrics.jsonl`, `samples/`, `state/` (to continue from) and, at the end,
-`model/`: the trained checkpoint in its family's official layout with `training.json`, which says what it was rewarded for.
+A run's folder holds `run.json` (everything that was chosen), `metrics.jsonl`, `samples/` and `rollouts/` (pictures), `state/` (to
+continue from) and, at the end, `index.html` (the report) and `model/`: the trained checkpoint in its family's official layout with
+`training.json`, which says what it was rewarded for.
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mmalign import config, hub, jobs, registry
+from mmalign import config, history, hub, jobs, registry, trackers
 from mmalign.store import slug
-from mmalign.types import Prompt, Request, Row, Sample, UsageError, Value, digest, request_seed
+from mmalign.types import Prompt, Result, UsageError, digest
 from mmalign.worker import Recipe
-
-PANEL_PROMPTS = 64
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ def training(options: argparse.Namespace) -> Training:
         sets[root] = {**{name: str(value) for name, value in values.items()}, **sets.get(root, {})}
     typed = {**flags(options.rest), **sets.pop(entry.name, {})}
     made = config.build(module.Config, {**chosen, **typed}, entry.name)
+    trackers.check_trackers(made.tracker)
     text = options.reward or common["reward"] or module.REWARD
     from mmalign.reward import parse_weights
 
@@ -65,7 +65,7 @@ def training(options: argparse.Namespace) -> Training:
         raise UsageError(
             f"`mmalign train {entry.name}` needs prompts: --prompts SUITE (its train split) or --prompts FILE (.txt or .jsonl)."
         )
-    name = f"{spec.name}-{entry.name}-{digest(config.plain(made), text, source, str(spec.path))[:8]}"
+    name = f"{spec.name}-{entry.name}-{digest(essence(config.plain(made)), text, source, str(spec.path))[:8]}"
     return Training(
         trainer=entry,
         config=made,
@@ -80,6 +80,13 @@ def training(options: argparse.Namespace) -> Training:
         plugs=tuple(options.plug),
         device=jobs.devices(options.device)[0],
     )
+
+
+def essence(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that decide what a run computes, without those that only look at it."""
+    from mmalign.loop import OBSERVING
+
+    return {name: value for name, value in options.items() if name not in OBSERVING}
 
 
 def bundled_recipe(entry: registry.Entry, spec: hub.ModelSpec) -> Path | None:
@@ -122,8 +129,9 @@ def described(job: Training) -> dict[str, Any]:
 def train(job: Training, say: Callable[[str], None]) -> Path:
     """Runs or continues the training; returns the folder of the trained checkpoint. Under torchrun every process calls this."""
     from mmalign import distributed
-    from mmalign.loop import Loop, hacking_note, read_metrics
+    from mmalign.loop import Loop
     from mmalign.reward import load_reward
+    from mmalign.watch import Panel, SamePictures
 
     distributed.start()
     module = registry.load(job.trainer)
@@ -131,19 +139,27 @@ def train(job: Training, say: Callable[[str], None]) -> Path:
     write_run(job)
     model = load_model(job)
     reward = load_reward(job.reward, overrides=job.sets, device=job.device, plugs=job.plugs) if job.reward else None
-    panel = Panel(job, model, reward) if job.panel and job.config.panel_every else None
-    loop = Loop(job.config, model, job.run, panel, say if distributed.rank() == 0 else None)
+    panel = Panel(job, model) if job.panel and job.config.panel_every else None
+    shown = SamePictures(job, model, panel.prompts if panel else prompts) if job.config.image_every else None
+    loop = Loop(job.config, model, job.run, panel, say if distributed.rank() == 0 else None, shown)
     if loop.step:
         say(f"continues after step {loop.step} of {job.config.steps}")
-    module.train(job.config, model, reward, prompts, loop)
+    if distributed.rank() == 0:
+        loop.trackers = trackers.open_trackers(job.config.tracker, job.run, described(job), loop.step)
+    try:
+        module.train(job.config, model, reward, prompts, loop)
+    finally:
+        for tracker in loop.trackers:
+            tracker.close()
     loop.export(job.folder)
     if distributed.rank() == 0:
         trained_on = sorted(job.reward) if module.REWARD is not None else ["self_understanding"]
-        note = hacking_note(read_metrics(job.run))
+        note = history.hacking_note(history.read_metrics(job.run))
         facts = {"name": job.run.name, **described(job), "trained_on_rewards": trained_on, "steps": loop.step, "note": note}
         (job.folder / hub.TRAINING_FILE).write_text(json.dumps(facts, indent=1) + "\n")
         if note:
             say(f"warning   {note}")
+        say(f"  report    {_write_page(job)}")
     distributed.stop()
     return job.folder
 
@@ -154,8 +170,9 @@ def write_run(job: Training) -> None:
 
     file, facts = job.run / "run.json", described(job)
     if file.exists():
-        kept = json.loads(file.read_text())
-        differing = [name for name in facts if json.loads(json.dumps(facts[name], default=str)) != kept.get(name)]
+        kept, given = json.loads(file.read_text()), json.loads(json.dumps(facts, default=str))
+        kept["config"], given["config"] = essence(kept["config"]), essence(given["config"])
+        differing = [name for name in given if given[name] != kept.get(name)]
         if differing:
             raise UsageError(
                 f"{job.run} holds a run with another {', '.join(differing)}. Continue it with its own command, or choose another --run-dir."
@@ -212,37 +229,6 @@ def prompts_of_file(path: Path) -> list[Prompt]:
     return prompts
 
 
-class Panel:
-    """Measures on held-out prompts while the training runs: the suite's metrics and every reward, on the same pictures each time."""
-
-    def __init__(self, job: Training, model: Any, reward: Any) -> None:
-        from mmalign.reward import load_scorer
-
-        entry = registry.find("evaluators", job.panel, job.plugs)
-        self.evaluator = registry.load(entry).Evaluator()
-        found = self.evaluator.prompts("val")
-        self.prompts = found[:: max(1, len(found) // PANEL_PROMPTS)][:PANEL_PROMPTS]
-        self.model, self.reward = model, reward
-        self.scorers = {name: load_scorer(name, job.sets.get(name, {}), job.device, job.plugs) for name in self.evaluator.scorers}
-        self.requests = [
-            Request(prompt, 0, request_seed(job.config.seed, prompt.id, 0), None, dict(model.settings)) for prompt in self.prompts
-        ]
-
-    def __call__(self) -> dict[str, float]:
-        from mmalign import distributed
-
-        rank, world = distributed.rank(), distributed.world()
-        samples = self.model.generate(self.requests[rank::world])
-        rows = []
-        for request, sample in zip(self.requests[rank::world], samples, strict=True):
-            if isinstance(sample, Sample):
-                rows.append(Row(request, sample, {name: scorer.score([sample])[0] for name, scorer in self.scorers.items()}))
-        gathered = distributed.gather([Row(row.request, Sample(row.request), row.scores) for row in rows])
-        usable = [row for row in gathered if all(isinstance(score, Value) for score in row.scores.values())]
-        usable.sort(key=lambda row: row.request.id)
-        return {name: value for name, value in self.evaluator.aggregate(usable).items() if value is not None}
-
-
 def is_first_process() -> bool:
     """Whether this process evaluates and reports (torchrun's rank 0, or the only one)."""
     import os
@@ -278,21 +264,37 @@ def compare(job: Training, options: argparse.Namespace, say: Callable[[str], Non
             {
                 "suite": pair[0].suite,
                 "headline": headline,
-                "base": {"run": made[0].run, "value": made[0].metrics[headline].value},
-                "trained": {"run": made[1].run, "value": made[1].metrics[headline].value},
+                "base": _headline(made[0]),
+                "trained": _headline(made[1]),
                 "gain": gain.value,
                 "ci": gain.ci,
+                "prompts": gain.prompts,
+                "trained_on": list(results.reward_overlap(made[1])),
                 "report": page,
                 "is_complete": all(results.is_complete(result) for result in made),
             }
         )
+    (job.run / history.EVALUATIONS).write_text(json.dumps(found, indent=1, default=str) + "\n")
+    say(f"  report    {_write_page(job)}")
     return found
 
 
+def _headline(result: Result) -> dict[str, Any]:
+    metric = result.metrics[result.headline]
+    return {"run": result.run, "value": metric.value, "ci": metric.ci}
+
+
+def _write_page(job: Training) -> Path:
+    from mmalign.training_report import write_training_report
+
+    return write_training_report(job.run)
+
+
 def evaluation_sets(job: Training, options: argparse.Namespace) -> list[str]:
-    """The --set items that suites and their scorers understand; those of the trainer and of rewards stay behind."""
+    """How the trainer says that its model samples, and the --set items that suites and their scorers understand, which win over it."""
     suites = [registry.find("evaluators", name, options.plug) for name in jobs.names(options.then_eval)]
     from mmalign.doctor import scorers_of
 
     known = {"sampling", *(entry.name for entry in suites), *(name for entry in suites for name in scorers_of(entry))}
-    return [item for item in options.set if config.parse_sets([item]).keys() & known]
+    typed = [item for item in options.set if config.parse_sets([item]).keys() & known]
+    return [*(f"sampling.{name}={value}" for name, value in job.config.sampling.items()), *typed]

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmalign import cli, loop
-from mmalign.loop import hacking_note, read_metrics
+from mmalign import cli, history, loop
+from mmalign.history import hacking_note, read_metrics
+from mmalign.images import decode_image
 from mmalign.testbed.tiny import make_janus
 
 PLUG = Path(__file__).parent / "helpers" / "redness.py"
 STEPS = 4
+WATCHED = ("--image-every", "2", "--panel", "shapes", "--panel-every", "2")  # looking at a run changes nothing in it
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def difference(first, second):
 
 def figures(run):
     keep = ("step", "reward", "kl", "grad_norm", "ratio_deviation")
-    return [{name: line[name] for name in keep} for line in read_metrics(run)]
+    return [{name: line[name] for name in keep} for line in read_metrics(run) if line["step"]]
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +95,44 @@ def test_training_changes_the_model_and_logs_a_ratio_of_one(undisturbed, checkpo
 
 def test_a_killed_run_continues_bit_for_bit(undisturbed, checkpoint, prompts, tmp_path):
     run = tmp_path / "killed"
-    process = launch(words(checkpoint, prompts, run))
+    process = launch(words(checkpoint, prompts, run, *WATCHED))
     deadline = time.monotonic() + 300
     while not (run / "state" / "step-000002" / "manifest.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "model").exists()
-    assert run_here(*words(checkpoint, prompts, run)) == 0
+    assert run_here(*words(checkpoint, prompts, run, *WATCHED)) == 0
     assert figures(run) == figures(undisturbed) and difference(run, undisturbed) == 0.0
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines if "panel/strict" in line] == [0, 2, 4] and [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    albums = history.read_albums(run, "samples")
+    assert [album.step for album in albums] == [0, 2, 4] and len(albums[0].files) == 8
+    assert albums[0].files[0].read_bytes() != albums[2].files[0].read_bytes()
+
+
+def test_lines_of_a_run_that_died_before_its_first_state_are_not_kept(checkpoint, prompts, tmp_path):
+    run = tmp_path / "early"
+    run.mkdir()
+    history.append_metrics(run, {"step": 1, "reward": 9.0})
+    assert run_here(*words(checkpoint, prompts, run, steps=1)) == 0
+    (line,) = read_metrics(run)
+    assert line["reward"] < 1
+
+
+def test_a_dense_run_keeps_groups_with_their_rewards_and_a_page_with_their_token_weights(checkpoint, prompts, tmp_path):
+    run = tmp_path / "dense"
+    more = ("--attribution", "random", "--image-every", "1")
+    assert run_here(*words(checkpoint, prompts, run, *more, trainer="dense_grpo", steps=1)) == 0
+    (album,) = history.read_albums(run, "rollouts")
+    assert album.step == 1 and "red things" in album.title and len(album.files) == 4 and album.captions[0].startswith("reward 0.")
+    pair = decode_image(album.files[0])
+    side = pair.shape[0]
+    assert pair.shape == (side, 2 * side, 3) and (pair[:, :side] != pair[:, side:]).any()
+    page = (run / "index.html").read_text()
+    assert "rollouts/step-000001/00.png" in page and "how much its tokens weigh" in page
+    other = words(checkpoint, prompts, run, "--attribution", "random", "--image-every", "7", trainer="dense_grpo", steps=1)
+    assert run_here(*other) == 0, "a run may be looked at otherwise when it continues"
 
 
 def test_a_half_written_state_is_never_read(undisturbed, checkpoint, prompts, tmp_path):
@@ -128,7 +159,7 @@ def test_a_half_written_state_is_never_read(undisturbed, checkpoint, prompts, tm
 @pytest.mark.slow
 def test_two_processes_do_what_one_does_and_resume_each_others_state(undisturbed, checkpoint, prompts, tmp_path):
     both = tmp_path / "both"
-    process = launch(words(checkpoint, prompts, both), processes=2)
+    process = launch(words(checkpoint, prompts, both, *WATCHED), processes=2)
     output = process.communicate(timeout=600)[0].decode()
     assert process.returncode == 0, output[-3000:]
     assert difference(both, undisturbed) < 1e-5, output[-3000:]
@@ -137,7 +168,7 @@ def test_two_processes_do_what_one_does_and_resume_each_others_state(undisturbed
         import shutil
 
         shutil.rmtree(path)
-    assert run_here(*words(checkpoint, prompts, both)) == 0
+    assert run_here(*words(checkpoint, prompts, both, *WATCHED)) == 0
     assert difference(both, undisturbed) < 1e-5
 
 

@@ -8,7 +8,7 @@ Legend: P prompts, B samples = P*G*K, L reasoning tokens, N image tokens, S = L 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,13 @@ from einops import rearrange
 from torch import Tensor
 
 from mmalign import distributed, grpo
+from mmalign.attribution import normalise, overlay
 from mmalign.loop import Loop, LoopConfig
 from mmalign.reward import RewardBatch
 from mmalign.trajectory import Policy, Prompts, TextTrajectory, Trajectory, Which
 from mmalign.types import Prompt, Request, Sample, UsageError
+
+GROUP_SHOWN = 8  # pictures of a group that are kept to be looked at
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,6 @@ class AutoregressiveConfig(LoopConfig):
     epsilon: float = 1e-4
     scope: grpo.Scope = "group"
     combine: grpo.Combine = "sum_then_normalize"
-    image_every: int = 10  # steps between sheets of pictures; 0: none
 
     def __post_init__(self) -> None:
         if self.samples * self.images < 2:
@@ -64,6 +66,17 @@ class AutoregressiveConfig(LoopConfig):
     @property
     def group(self) -> int:
         return self.samples * (self.images if self.reasoning else 1)
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """How the trained model, and its base beside it, is evaluated: it reasons as it was trained to."""
+        if not self.reasoning:
+            return {}
+        return {
+            "instruction": self.instruction,
+            "reasoning_temperature": self.reasoning_temperature,
+            "reasoning_tokens": self.reasoning_tokens,
+        }
 
     @property
     def advantage_rule(self) -> grpo.AdvantageRule:
@@ -235,6 +248,15 @@ def log_rewards(loop: Loop, scored: RewardBatch, advantages: grpo.Advantages) ->
     loop.log(flat_groups=distributed.total(advantages.flat_groups), spread=distributed.total(advantages.spread) / distributed.world())
 
 
-def keep_sheet(loop: Loop, rollout: Rollout, config: AutoregressiveConfig) -> None:
-    if config.image_every and loop.step % config.image_every == 0:
-        loop.save_images([sample.image for sample in rollout.samples[: 8 * config.group]], config.group)
+def keep_group(
+    model: Any, loop: Loop, rollout: Rollout, scored: RewardBatch, config: AutoregressiveConfig, image_weight_BN: Tensor | None = None
+) -> None:
+    """The first prompt's pictures with their rewards; beside each its token weights, from the least (grey) to the greatest (red)."""
+    if not loop.shows:
+        return
+    pictures = [sample.image for sample in rollout.samples[: min(config.group, GROUP_SHOWN)]]
+    if image_weight_BN is not None:
+        maps_BDD = normalise(image_weight_BN[: len(pictures)].detach().cpu().unflatten(1, model.grid))
+        pictures = [np.concatenate([image, overlay(image, shown)], axis=1) for image, shown in zip(pictures, maps_BDD, strict=True)]
+    rewards = [f"reward {total:.3f}" if ok else "no reward" for total, ok in zip(scored.total, scored.ok, strict=True)]
+    loop.keep("rollouts", list(zip(pictures, rewards, strict=False)), rollout.prompts[0].text)

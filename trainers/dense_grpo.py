@@ -55,7 +55,7 @@ def train(config: Config, model: Any, reward: Reward, prompts: Sequence[Prompt],
         advantages = ar.advantages_of(scored, config)
         ar.update(model, loop, rollout, advantages.value.flatten(), config, weight_BN)
         ar.log_rewards(loop, scored, advantages)
-        ar.keep_sheet(loop, rollout, config)
+        ar.keep_group(model, loop, rollout, scored, config, weight_BN)
 
 
 def credit(config: Config, scorer: Scorer, model: Any, rollout: ar.Rollout, loop: Loop, head: AmortisedHead | None) -> Tensor:

@@ -52,7 +52,7 @@ def train(config: Config, model: Any, reward: Reward | None, prompts: Sequence[P
         ar.log_rewards(loop, scored, advantages)
         if watched is not None:
             loop.log(**{f"watched/{name}": float(np.nanmean(values)) for name, values in watched.parts.items()})
-        ar.keep_sheet(loop, rollout, config)
+        ar.keep_group(model, loop, rollout, scored, config)
 
 
 def understanding(model: Any, loop: Loop, rollout: ar.Rollout, config: Config) -> RewardBatch:

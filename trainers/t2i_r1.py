@@ -36,4 +36,4 @@ def train(config: Config, model: Any, reward: Reward, prompts: Sequence[Prompt],
         advantages = ar.advantages_of(scored, config)
         ar.update(model, loop, rollout, advantages.value.flatten(), config)
         ar.log_rewards(loop, scored, advantages)
-        ar.keep_sheet(loop, rollout, config)
+        ar.keep_group(model, loop, rollout, scored, config)
