@@ -22,6 +22,7 @@ CHECKPOINTS = Path(__file__).parent / "testbed" / "checkpoints"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 SIDE_FILES = (".json", ".jinja", ".txt", ".model")
 WHOLE = 256 * 2**20  # bytes up to which a file is read whole
+CONFIGS = ("config.json", "model_index.json")
 BLOCK, BLOCKS = 64 * 1024, 1024  # of a larger file: bytes of a block, blocks spread over it
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -68,17 +69,17 @@ def resolve_model(spec: str, plugs: Sequence[Path] = ()) -> ModelSpec:
 
 def bundled_names() -> list[str]:
     """The checkpoints that ship with the package."""
-    return sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
+    return sorted(path.parent.name for name in CONFIGS for path in CHECKPOINTS.glob(f"*/{name}"))
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder; MmalignError when it is missing or damaged."""
-    file = path / "config.json"
+    """config.json of a checkpoint folder, or model_index.json of a diffusers pipeline; MmalignError when it is missing or damaged."""
+    file = next((path / name for name in CONFIGS if (path / name).is_file()), path / CONFIGS[0])
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MmalignError(
-            f"{path} has no config.json, so it is no checkpoint. Give the folder that holds config.json and the weights, "
+            f"{path} has no config.json (nor a pipeline's model_index.json), so it is no checkpoint. Give the folder that holds it, "
             f"or family:{path} for a family without one, such as folder:{path} for images that exist already."
         ) from error
     except (ValueError, OSError) as error:
@@ -133,14 +134,15 @@ def _sample(file: Path) -> str:
 
 
 def _detected(name: str, path: Path, revision: str, how: str, plugs: Sequence[Path]) -> ModelSpec:
-    """The spec of a folder with a config.json, whose family is the first that recognises it."""
+    """The spec of a folder with a config.json (or model_index.json), whose family is the first that recognises it."""
     content = read_config(path)
+    kind = content.get("model_type", content.get("_class_name"))
     for family, entry in registry.entries("models", plugs).items():
         if registry.load(entry).recognises(path):
-            return ModelSpec(name, family, path, revision, f"{how} {path}: family {family} (model_type {content.get('model_type')})")
+            return ModelSpec(name, family, path, revision, f"{how} {path}: family {family} (model_type {kind})")
     known = ", ".join(registry.entries("models", plugs))
     raise UsageError(
-        f"No model family recognises {path} (model_type {content.get('model_type')!r} in its config.json). Known families: {known}. "
+        f"No model family recognises {path} (model_type {kind!r} in its config). Known families: {known}. "
         f"Name one as FAMILY:{path}, or add a family with --plug."
     )
 

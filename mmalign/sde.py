@@ -6,7 +6,7 @@ Every rule below is linear in the state x and in the model's prediction p, so on
 
     rule          prediction       times         std
     flow          velocity v       sigma         s sqrt|dt|, s = level sqrt(sigma / (1 - sigma))        Flow-GRPO (arXiv 2505.05470)
-    constant      velocity v       sigma         s sqrt|dt|, s = level        DanceGRPO (2505.07818); DenseGRPO's psi(t) (2601.20218, eq. 11)
+    constant      velocity v       sigma         s sqrt|dt|, s = level    DanceGRPO (2505.07818); psi(t) of DenseGRPO (2601.20218, eq. 11)
     coefficient   velocity v       sigma         sigma' sin(level pi / 2): as much noise taken out as put in (Flow-CPS, 2509.05952)
     ddim          noise eps        alpha-bar     level sqrt((1 - a') / (1 - a) (1 - a / a')) (DDIM, 2010.02502, eq. 16)
 

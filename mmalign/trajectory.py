@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from mmalign.sde import Noise
+
 Kind = Literal["ar", "masked", "flow", "mar"]
 Which = Literal["cond", "guided", "guided_detach_uncond"]
 WHICH: tuple[Which, ...] = ("cond", "guided", "guided_detach_uncond")
@@ -27,19 +29,26 @@ class Policy:
     """The distribution that `sample` draws from and `log_prob` scores. Nothing else may bend it: no top-k, no top-p, no min-p.
 
     `guidance` w mixes the conditional and unconditional predictions, u + w (c - u); 1 is the conditional model alone. `temperature`
-    divides the mixed logits. `noise_level` and `schedule` belong to families with denoising steps.
+    divides the mixed logits. Families with denoising steps have no temperature but `levels`, one for each step: how much noise it adds by
+    the rule `noise` of `mmalign.sde`; a level of 0 is a deterministic step, and deterministic steps alone are the ODE sampler.
+    Masked families decide tokens in steps: `hidden` is the share that stays hidden after each, `order_noise` scales the noise that says
+    which ones; empty and None mean the model's own. The order is part of how they draw, but of no log-probability.
     """
 
     guidance: float = 5.0
     temperature: float = 1.0
-    noise_level: float = 0.0
-    schedule: tuple[float, ...] = ()
+    noise: Noise = "flow"
+    levels: tuple[float, ...] = ()
+    hidden: tuple[float, ...] = ()
+    order_noise: float | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.guidance):
             raise UsageError(f"The guidance must be a finite number; got {self.guidance}. 5 is usual, 1 turns it off.")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UsageError(f"The temperature of a policy must be positive, or it has no log-probabilities; got {self.temperature}.")
+        if not all(math.isfinite(level) and level >= 0 for level in self.levels):
+            raise UsageError(f"Noise levels are finite and not negative; got {self.levels}.")
 
 
 @dataclass(frozen=True)
@@ -74,11 +83,13 @@ class Trajectory:
     kind    actions                             step_of              times
     ar      codes int [B, N]                    None (0 .. N-1)      None
     masked  final codes int [B, N]              int [B, N]           None
-    flow    states after each step [B,K,C,h,w]  None                 sigma before and after [K, 2]
+    flow    states after each step [B,K,C,h,w]  None                 before and after each step [K, 2]
     mar     token latents [B, N, C]             int [B, N]           inner denoising states
 
     `log_prob` [B, S] float32 is the behaviour policy's, as the sampler saw it; ratios use `log_prob()` of the model instead, because
-    a cached sampling pass and a training forward differ in low precision.
+    a cached sampling pass and a training forward differ in low precision. A flow's `states` are those before each step, float32, and its
+    times are sigmas (alpha-bars for models that predict noise); a deterministic step is no decision and has log-probability 0.
+    `predictions` are the guided predictions at `states`, kept for completions.
     """
 
     kind: Kind
@@ -89,13 +100,15 @@ class Trajectory:
     states: Tensor | None = None
     step_of: Tensor | None = None
     times: Tensor | None = None
+    predictions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.actions)
 
     def select(self, rows: list[int]) -> Trajectory:
         """The trajectories of these rows, in this order."""
-        changes = {name: value[rows] for name in ("actions", "log_prob", "states", "step_of") if (value := getattr(self, name)) is not None}
+        by_row = ("actions", "log_prob", "states", "step_of", "predictions")
+        changes = {name: value[rows] for name in by_row if (value := getattr(self, name)) is not None}
         if self.kind == "mar" and self.times is not None:
             changes["times"] = self.times[rows]
         return replace(self, seeds=tuple(self.seeds[row] for row in rows), **changes)
@@ -114,3 +127,13 @@ class TextTrajectory:
     log_prob: Tensor
     temperature: float
     seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Last hidden states [B, L, E] of question-formatted rows, and which slots are real, of the text, of the picture (bool [B, L])."""
+
+    hidden: Tensor
+    mask: Tensor
+    is_text: Tensor
+    is_image: Tensor

@@ -19,6 +19,22 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.float64) * 2.0**-53)
 
 
+def streams(seeds: Sequence[int]) -> list[np.random.Philox]:
+    """One stream of random words per seed, for noise that is drawn in parts."""
+    return [np.random.Philox(key=seed % 2**64) for seed in seeds]
+
+
+def normals(sources: Sequence[np.random.Philox], *shape: int) -> Tensor:
+    """[len(sources), *shape] float32 normal numbers on the CPU, the next ones of each stream.
+
+    By inversion, number by number in float64, so that neither the batch nor the processor's vector width touches a bit.
+    """
+    from scipy.special import ndtri
+
+    words = np.stack([source.random_raw(int(np.prod(shape))) for source in sources]) >> np.uint64(11)
+    return torch.from_numpy(ndtri((words + 0.5) * 2.0**-53).astype(np.float32)).reshape(len(sources), *shape)
+
+
 def draw(log_prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """[B] categories by inversion: the first whose cumulative probability exceeds the number. A category of probability 0 is never drawn.
 
