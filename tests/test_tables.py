@@ -16,7 +16,7 @@ from mmalign.leaderboards import published
 from mmalign import cli, results
 from mmalign.tables import build, compare, formats, ours, rendered
 from mmalign.tables.layout import Cell, Header, Line, Table, letter, ranked
-from mmalign.types import Deviation, UsageError
+from mmalign.types import Deviation, UsageError, digest
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -27,9 +27,17 @@ def geneval_run(folder: Path, model: str, values: dict[str, float], **facts: obj
     directory = make_run(folder, make_prompts(12), model=model, suite="geneval", scorers=("geneval",), **facts)  # type: ignore[arg-type]
     for file in results.find(directory):
         content = json.loads(file.read_text())
-        content["model"]["fingerprint"] = f"{sum(map(ord, model)):032x}"
         shape = content["metrics"]["overall"]
         content["metrics"] = {name: {**shape, "value": x, "ci": [x - 0.01, x + 0.01]} for name, x in values.items()}
+        file.write_text(json.dumps(content))
+    return fingerprinted(directory, model)
+
+
+def fingerprinted(directory: Path, model: str) -> Path:
+    """Give a run's model a fingerprint of its own; the runs of `make_run` share one."""
+    for file in results.find(directory):
+        content = json.loads(file.read_text())
+        content["model"]["fingerprint"] = digest(model)
         file.write_text(json.dumps(content))
     return directory
 

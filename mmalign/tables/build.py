@@ -77,7 +77,7 @@ def suite_table(suite: str, tables: Sequence[Published], found: Sequence[Ours], 
         for name, metric in one.result.metrics.items():
             better.setdefault(name, "higher" if metric.higher_is_better else "lower")
     widest = {
-        name: max((_places(row[c.name], c) for table, columns in sources if (c := columns.get(name)) for row in table.rows), default=3)
+        name: max((suite_places(row[c.name], c) for table, columns in sources if (c := columns.get(name)) for row in table.rows), default=3)
         for name in metrics
     }
     lines = [line for table, columns in sources for line in _suite_lines(table, columns, metrics, footnotes)]
@@ -101,7 +101,7 @@ def _suite_lines(table: Published, columns: Mapping[str, Column], metrics: Seque
                 cells.append(Cell(""))
                 continue
             value = float(row[column.name]) / column.scale
-            text = f"{value:.{_places(row[column.name], column)}f}"
+            text = f"{value:.{suite_places(row[column.name], column)}f}"
             cells.append(Cell(text, float(text), notes=_disagreement(table, row, column, footnotes)))
         if any(cell.text for cell in cells):
             lines.append(Line((Cell(table.key(row)), Cell(table.id), *cells), "own" if table.is_own(row) else "published"))
@@ -165,7 +165,7 @@ def _disagreement(table: Published, row: Mapping[str, str], column: Column, foot
     return ()
 
 
-def _places(text: str, column: Column) -> int:
+def suite_places(text: str, column: Column) -> int:
     """Decimals of a printed number in the suite's own units."""
     return decimals(text) + round(math.log10(column.scale))
 

@@ -108,7 +108,7 @@ def html(table: Table) -> str:
 
     return pages.render(
         "table.html.j2",
-        script="sort.js",
+        script="leaderboard.js",
         title=f"{table.id}: {table.title}",
         table=table,
         body=Markup(html_table(table)),
