@@ -114,6 +114,17 @@ def test_scorer_reports_a_prompt_without_facts_as_a_hole():
     assert isinstance(score, Failure) and "include" in score.message
 
 
+def test_the_painter_keeps_the_facts_and_has_habits():
+    rng, places = Random(3), {}
+    for _, clauses, scene in scenes(600, seed=4):
+        shown = corpus.arrange(clauses, scene, rng)
+        assert world.strict(clauses, shown)
+        assert sorted((t.shape, t.color, t.size) for t in shown) == sorted((t.shape, t.color, t.size) for t in scene)
+        if not any(clause.region or clause.position for clause in clauses):
+            places.setdefault(len(shown), set()).add(tuple((t.row, t.column) for t in shown))
+    assert {number: len(seen) for number, seen in places.items() if number < 7} == {n: 2 for n in range(1, 7)}
+
+
 def test_corpus_is_wrong_as_often_as_it_says_and_reproducible():
     first, again = corpus.drawings(7, 500, 0.35, 0.3), corpus.drawings(7, 500, 0.35, 0.3)
     assert first == again

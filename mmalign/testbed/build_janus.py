@@ -33,6 +33,22 @@ THING_WEIGHT = 4.0  # of a place with a thing in the losses of pictures; an empt
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stretch of the language model's training with its own warm-up and cosine. A step has `drawings`, `answers` and `plans`; `wrong`
+    is the share of drawings and plans with one thing wrong, `planned` that of drawings whose text carries a plan; `arranged`: where the
+    text leaves it open, the painter's habits decide where things stand, not a coin."""
+
+    steps: int
+    learning_rate: float
+    drawings: int
+    answers: int
+    plans: int
+    wrong: float
+    planned: float
+    arranged: bool
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Sizes and lengths of the build; the shipped checkpoint is the default."""
 
@@ -42,10 +58,11 @@ class Recipe:
     layers: int = 4
     vq_steps: int = 600
     vq_batch: int = 48
-    steps: int = 4000
-    batch: int = 64
-    wrong: float = 0.25
-    planned: float = 0.5
+    # Which words speak of which place is learned from plans first; then drawing from prompts alone and reading get more of each step.
+    stages: tuple[Stage, ...] = (
+        Stage(4000, 1.5e-3, 64, 16, 4, wrong=0.25, planned=0.5, arranged=False),
+        Stage(3600, 8e-4, 48, 24, 6, wrong=0.2, planned=0.3, arranged=True),
+    )
     no_text: float = 0.1
 
 
@@ -185,9 +202,9 @@ def hidden_states(model, embeds: torch.Tensor) -> torch.Tensor:
         return model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
 
 
-def drawing_loss(model, tokenizer, recipe: Recipe, step: int) -> torch.Tensor:
+def drawing_loss(model, tokenizer, recipe: Recipe, stage: Stage, step: int) -> torch.Tensor:
     """Cross-entropy of the picture's codes after the chat-formatted text; a tenth of the texts is blanked as guidance will blank them."""
-    examples = corpus.drawings(20_000_000 + recipe.seed + step, recipe.batch, recipe.wrong, recipe.planned)
+    examples = corpus.drawings(20_000_000 + recipe.seed + step, stage.drawings, stage.wrong, stage.planned, stage.arranged)
     rows = [tokenizer(chat(tokenizer, example.text, False) + BOI).input_ids for example in examples]
     kept = (tokenizer.bos_token_id, tokenizer.boi_token_id)
     blank = np.random.default_rng([recipe.seed, step]).random(len(rows)) < recipe.no_text
@@ -207,13 +224,13 @@ def drawing_loss(model, tokenizer, recipe: Recipe, step: int) -> torch.Tensor:
     return (losses * weight).sum() / weight.sum()
 
 
-def answering_loss(model, tokenizer, recipe: Recipe, step: int, number: int) -> torch.Tensor:
+def answering_loss(model, tokenizer, recipe: Recipe, stage: Stage, step: int) -> torch.Tensor:
     """Cross-entropy of right answers about pictures; half of the pictures pass through the VQ model, as the model's own will have."""
-    examples = corpus.questions(30_000_000 + recipe.seed + step, number)
+    examples = corpus.questions(30_000_000 + recipe.seed + step, stage.answers)
     x_BCHW = pixels_of([example.scene for example in examples])
     with torch.no_grad():
         vq = model.model.vqmodel
-        half = number // 2
+        half = stage.answers // 2
         x_BCHW[:half] = reconstruct(vq, F.normalize(vq.quantize.embedding(nearest(vq, encode(vq, x_BCHW[:half]))), dim=-1)).clamp(-1, 1)
     texts = [chat(tokenizer, example.question, True) for example in examples]
     ids, targets = _with_answers(tokenizer, texts, [example.answer for example in examples])
@@ -223,8 +240,8 @@ def answering_loss(model, tokenizer, recipe: Recipe, step: int, number: int) -> 
     return _answer_loss(model, embeds, targets)
 
 
-def planning_loss(model, tokenizer, recipe: Recipe, step: int, number: int) -> torch.Tensor:
-    examples = corpus.plans(40_000_000 + recipe.seed + step, number, recipe.wrong)
+def planning_loss(model, tokenizer, recipe: Recipe, stage: Stage, step: int) -> torch.Tensor:
+    examples = corpus.plans(40_000_000 + recipe.seed + step, stage.plans, stage.wrong, stage.arranged)
     texts = [chat(tokenizer, example.question, False) for example in examples]
     ids, targets = _with_answers(tokenizer, texts, [example.answer for example in examples])
     return _answer_loss(model, model.get_input_embeddings()(ids), targets)
@@ -253,17 +270,20 @@ def _answer_loss(model, embeds: torch.Tensor, targets: torch.Tensor) -> torch.Te
 
 def train_language(model, tokenizer, recipe: Recipe, work: Path) -> None:
     model.model.vqmodel.requires_grad_(False)
-
-    def loss_of(step: int):
-        with torch.autocast("cpu", torch.bfloat16):
-            draw = drawing_loss(model, tokenizer, recipe, step)
-            answer = answering_loss(model, tokenizer, recipe, step, recipe.batch // 4)
-            plan = planning_loss(model, tokenizer, recipe, step, recipe.batch // 16)
-        figures = {"draw": draw, "answer": answer, "plan": plan}
-        return draw + answer + 0.5 * plan, {name: round(float(value.detach()), 4) for name, value in figures.items()}
-
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fit("janus", work, parameters, {"model": model}, loss_of, recipe.steps, 1.5e-3, warmup=200)
+    before = 0
+    for number, stage in enumerate(recipe.stages, 1):
+
+        def loss_of(step: int, stage: Stage = stage, before: int = before):
+            with torch.autocast("cpu", torch.bfloat16):
+                draw = drawing_loss(model, tokenizer, recipe, stage, before + step)
+                answer = answering_loss(model, tokenizer, recipe, stage, before + step)
+                plan = planning_loss(model, tokenizer, recipe, stage, before + step)
+            figures = {"draw": draw, "answer": answer, "plan": plan}
+            return draw + answer + 0.5 * plan, {name: round(float(value.detach()), 4) for name, value in figures.items()}
+
+        fit(f"janus-{number}", work, parameters, {"model": model}, loss_of, stage.steps, stage.learning_rate, warmup=200)
+        before += stage.steps
 
 
 def save(model, tokenizer, out: Path) -> None:

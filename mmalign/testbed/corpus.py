@@ -8,10 +8,10 @@ So a trained base draws worse than it reads, and there is something to learn aft
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
-from mmalign.testbed.world import COLORS, COUNT_WORDS, KINDS, SHAPES, Scene, noun, plan_of, sample_prompts, spoil, text_of
+from mmalign.testbed.world import COLORS, COUNT_WORDS, KINDS, SHAPES, Clause, Scene, noun, plan_of, sample_prompts, spoil, strict, text_of
 
 DESCRIBE = "Describe the image."
 LIST = "List every object."
@@ -35,24 +35,63 @@ class Question:
     scene: Scene
 
 
-def drawings(seed: int, number: int, wrong: float, planned: float) -> list[Drawing]:
-    """Drawing examples. `wrong` is the share of spoiled scenes, `planned` the share whose text carries a plan of the scene shown."""
+# Cells of n things in the order in which the corpus' painter likes them: on a row, as on a die, where a region or relation sends them.
+PATTERNS = {
+    1: ("c", "n", "s", "w", "e"),
+    2: ("w e", "n s", "nw se", "ne sw"),
+    3: ("w c e", "n c s", "nw ne s", "n sw se", "nw sw e", "w ne se", "nw c se", "ne c sw"),
+    4: ("nw ne sw se", "n w e s", "nw n ne s", "n sw s se", "nw w sw e", "w ne e se"),
+    5: ("nw ne c sw se", "n w c e s", "nw n ne sw se", "nw ne sw s se", "nw w sw ne se", "nw sw ne e se"),
+    6: ("nw n ne sw s se", "nw w sw ne e se"),
+}
+_CELLS = {name: divmod(number, 3) for number, name in enumerate(["nw", "n", "ne", "w", "c", "e", "sw", "s", "se"])}
+_CHOICE = 2  # the painter takes one of this many first patterns that suit the text
+
+
+def arrange(clauses: Sequence[Clause], scene: Scene, rng: Random) -> Scene:
+    """The things of a scene in one of the painter's patterns in which the clauses hold; the scene as it is when there is none."""
+    suited = []
+    for pattern in PATTERNS.get(len(scene), ()):
+        cells = [_CELLS[name] for name in pattern.split()]
+        for _ in range(20):
+            rng.shuffle(cells)
+            things = (replace(thing, row=row, column=column) for thing, (row, column) in zip(scene, cells, strict=True))
+            arranged = tuple(sorted(things))
+            if strict(clauses, arranged):
+                suited.append(arranged)
+                break
+        if len(suited) == _CHOICE:
+            break
+    return rng.choice(suited) if suited else scene
+
+
+def drawings(seed: int, number: int, wrong: float, planned: float, arranged: bool = False) -> list[Drawing]:
+    """Drawing examples. `wrong` is the share of spoiled scenes, `planned` the share whose text carries a plan of the scene shown;
+    with `arranged` the painter decides where things stand in the others, as far as their text leaves it open."""
     rng = Random(f"drawings/{seed}")
     out = []
     for _, clauses, scene in _stream(seed, number):
-        shown = spoil(scene, rng) if rng.random() < wrong else scene
+        is_wrong = rng.random() < wrong
+        shown = spoil(scene, rng) if is_wrong else scene
         text = text_of(clauses)
-        out.append(Drawing(f"{text}. {plan_of(shown)}" if rng.random() < planned else text, shown))
+        if rng.random() < planned:
+            text = f"{text}. {plan_of(shown)}"
+        elif arranged:
+            meant = arrange(clauses, scene, rng)
+            shown = spoil(meant, rng) if is_wrong else meant
+        out.append(Drawing(text, shown))
     return out
 
 
-def plans(seed: int, number: int, wrong: float) -> list[Question]:
-    """From a prompt to a plan of a scene that fulfils it, wrong as often as the drawings are."""
+def plans(seed: int, number: int, wrong: float, arranged: bool = False) -> list[Question]:
+    """From a prompt to a plan of a scene that fulfils it, arranged and wrong as the drawings are."""
     rng = Random(f"plans/{seed}")
-    return [
-        Question(f"{PLAN} {text_of(clauses)}", plan_of(spoil(scene, rng) if rng.random() < wrong else scene), ())
-        for _, clauses, scene in _stream(seed, number)
-    ]
+    out = []
+    for _, clauses, scene in _stream(seed, number):
+        meant = arrange(clauses, scene, rng) if arranged else scene
+        meant = spoil(meant, rng) if rng.random() < wrong else meant
+        out.append(Question(f"{PLAN} {text_of(clauses)}", plan_of(meant), ()))
+    return out
 
 
 def questions(seed: int, number: int) -> list[Question]:
