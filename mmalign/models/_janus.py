@@ -8,7 +8,6 @@ noise comes from one stream per sample; the image tokenizer's codes are chosen b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,21 +20,11 @@ from mmalign.models.layers.cached import Cache, CachedTrunk
 from mmalign.models.layers.lanes import ROWS, WIDE, Lane, Lanes, lanes, padded_lengths
 from mmalign.models.layers.linear import can_pack
 from mmalign.models.layers.noise import draw, uniforms
-from mmalign.trajectory import WHICH, Policy, Prompts, TextTrajectory, Trajectory, Which
+from mmalign.trajectory import WHICH, Embedding, Policy, Prompts, TextTrajectory, Trajectory, Which
 from mmalign.types import MmalignError, UsageError
 
 GROWTH = 64  # slots by which a text's cache grows
 Pictures = Tensor | Sequence[Any] | None  # [B, 3, S, S] in [0, 1], or uint8 arrays [H, W, 3] (None where a row has no picture)
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """Last hidden states [B, L, E] of question-formatted rows, and which slots are real, of the text, of the picture (bool [B, L])."""
-
-    hidden: Tensor
-    mask: Tensor
-    is_text: Tensor
-    is_image: Tensor
 
 
 class Janus:

@@ -34,6 +34,7 @@ class Serving:
     sample: Callable[..., Trajectory]
     decode: Callable[..., torch.Tensor]
     generate_text: Callable[..., TextTrajectory]
+    is_whole: Callable[[torch.Tensor], bool]  # whether an answer's ids end as the model ends an answer, and not by the limit
     tasks: tuple[str, ...] = ("image", "answer")
 
     def generate(self, requests: Sequence[Request]) -> list[Sample | Failure]:
@@ -71,10 +72,6 @@ class Serving:
     def answer_settings(self, settings: Any) -> dict[str, Any]:
         """Further arguments of `generate_text` that sampling settings mean."""
         return {}
-
-    def is_whole(self, ids: torch.Tensor) -> bool:
-        """Whether an answer's ids end as the model ends an answer, and not by the limit."""
-        raise NotImplementedError
 
     def _settings(self, request: Request) -> Any:
         chosen = config.build(self.sampling_type, {**self.settings, **request.settings}, f"settings of {request.id}")

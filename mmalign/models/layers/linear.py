@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PACKED_BYTES = 2**30  # packing copies the weights: only for models whose copy is small
@@ -42,3 +43,14 @@ def can_pack(model: nn.Module) -> bool:
 
 def _is_bare(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def head_slice(head: nn.Module, start: int, stop: int) -> Callable[[Tensor], Tensor]:
+    """A function x [..., D] -> the outputs start to stop of a linear layer: with a vocabulary of 10^5 a small part of the work.
+
+    A layer with an adapter or a hook is called whole, and its outputs cut.
+    """
+    if isinstance(head, nn.Linear) and _is_bare(head):
+        bias = None if head.bias is None else head.bias[start:stop]
+        return lambda x: F.linear(x, head.weight[start:stop], bias)
+    return lambda x: head(x)[..., start:stop]
