@@ -1,105 +1,127 @@
-"""What every local scorer promises: order, batches, failures in place of numbers, and an identity that follows its weights."""
+"""What every scorer promises: order, batches, failures in place of numbers, one value for row and reward, an identity of its weights."""
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from helpers.tiny_scorers import image, loaders, sample
+from helpers.every_scorer import MAKERS, Cases, networks
+from helpers.tiny_scorers import image
 
-from mmalign.types import Failure, Scorer, Value
+from mmalign import registry, scoring
+from mmalign.executors import Inline
+from mmalign.images import encode_png
+from mmalign.reward import load_reward
+from mmalign.types import Failure, Sample, Score, Scorer, Value
 
-NAMES = ("clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward", "toxicity", "nsfw", "safety", "ocr", "jpeg_size")
-TEXT_ONLY = {"toxicity"}
-IMAGE_ONLY = {"aesthetic", "nsfw", "jpeg_size"}
-WITH_WEIGHTS = tuple(name for name in NAMES if name not in ("ocr", "jpeg_size"))
-PROMPTS = ('a red cat that says "hello"', 'a blue dog on the mat that says "you"', 'you idiot says "cat"')
+NAMES = tuple(MAKERS)
+SIZES = (1, 3, 7)
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory):
-    return loaders(tmp_path_factory.mktemp("weights"))
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cases]:
+    with Cases(tmp_path_factory.mktemp("weights")) as found:
+        yield found
 
 
-def samples(count: int = 7) -> list:
-    return [sample(number, PROMPTS[number % 3]) for number in range(count)]
-
-
-def numbers(scores: list) -> list[float]:
+def numbers(scores: list[Score]) -> list[float]:
     assert all(isinstance(score, Value) for score in scores), scores
-    return [score.x for score in scores]
+    return [score.x for score in scores if isinstance(score, Value)]
+
+
+def with_text(sample: Sample, text: str) -> Sample:
+    return replace(sample, request=replace(sample.request, prompt=replace(sample.request.prompt, text=text)))
+
+
+def test_no_scorer_of_weights_is_left_out() -> None:
+    """A scorer that is a suite's own rule is tested with its suite."""
+    suites = registry.entries("evaluators")
+    own = {name for name, entry in registry.entries("scorers").items() if "weights" in str(entry.needs) and name not in suites}
+    assert own <= set(NAMES), f"tests/helpers/every_scorer.py lacks {sorted(own - set(NAMES))}"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batches_of_1_3_and_7_agree_and_keep_order(load, name: str) -> None:
-    scorers = {size: load[name](size) for size in (1, 3, 7)}
-    assert isinstance(scorers[1], Scorer)
-    alone = [numbers(scorers[1].score([item]))[0] for item in samples()]
-    assert len(set(alone)) >= 3, "the samples must differ, or order shows nothing"
-    for scorer in scorers.values():
-        assert numbers(scorer.score(samples())) == pytest.approx(alone, abs=1e-5)
-        assert numbers(scorer.score(samples()[::-1])) == pytest.approx(alone[::-1], abs=1e-5)
+def test_batches_of_1_3_and_7_agree_and_keep_order(cases: Cases, name: str) -> None:
+    case = cases[name]
+    samples, scorers = case.samples(), {size: case.load(size) for size in SIZES}
+    assert isinstance(scorers[1], Scorer) and scorers[1].name == name
+    alone = [numbers(scorers[1].score([sample]))[0] for sample in samples]
+    assert alone != alone[::-1], "the samples must differ, or order shows nothing"
+    for size, scorer in scorers.items():
+        parts = [samples[at : at + size] for at in range(0, len(samples), size)]
+        assert [number for part in parts for number in numbers(scorer.score(part))] == pytest.approx(alone, abs=1e-5)
+        assert numbers(scorer.score(samples[::-1])) == pytest.approx(alone[::-1], abs=1e-5)
         assert scorer.fingerprint == scorers[1].fingerprint, "the batch size is no part of what is measured"
         low, high = scorer.range
         assert all(low <= number <= high for number in alone)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_cannot_be_measured_is_a_failure_and_harms_no_neighbour(load, name: str) -> None:
-    scorer = load[name](7)
-    bad = {
-        "missing": sample(1, picture=None),
-        "unreadable": sample(2, picture=b"no image at all"),
-        "floats": sample(3, picture=image(3) / 255.0),
-        "1x1": sample(4, picture=image(4)[:1, :1].copy()),
-        "empty prompt": sample(5, "  "),
-        "endless prompt": sample(6, 'says "cat" ' * 1000),
-    }
-    good = sample(0)
-    scores = dict(zip(["before", *bad, "after"], scorer.score([good, *bad.values(), good]), strict=True))
-    assert numbers([scores["before"], scores["after"]]) == pytest.approx(numbers(scorer.score([good])) * 2, abs=1e-5)
-    of_images = {"missing", "unreadable", "floats", "1x1"}
-    for problem in bad:
-        indifferent = name in (TEXT_ONLY if problem in of_images else IMAGE_ONLY)
-        score = scores[problem]
-        assert isinstance(score, Value if indifferent else Failure), (problem, score)
-        if isinstance(score, Failure):
-            assert score.stage == "score" and score.kind == ("missing" if problem in ("missing", "empty prompt") else "error")
-            assert bad[problem].request.id in score.message
-
-
-@pytest.mark.parametrize("name", WITH_WEIGHTS)
-def test_nan_weights_give_failures(load, name: str) -> None:
-    scorer = load[name](4)
-    for module in modules(scorer):
-        for parameter in module.parameters():
-            parameter.data.fill_(math.nan)
-    assert [score.kind for score in scorer.score(samples(3))] == ["nonfinite"] * 3
+def test_a_row_of_a_benchmark_is_the_reward_bit_for_bit(cases: Cases, name: str, tmp_path: Path) -> None:
+    case = cases[name]
+    samples, lines = case.samples(), []
+    for number, sample in enumerate(samples):
+        (tmp_path / f"{number}.png").write_bytes(encode_png(sample.image))
+        prompt = sample.request.prompt
+        lines.append(json.dumps({"image": f"{number}.png", "prompt": prompt.text, **prompt.meta}))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    scores = scoring.score_folder(tmp_path, tmp_path / "prompts.jsonl", {name: case.recipe}, Inline())
+    rows = numbers([row.scores[name] for row in scores.rows])
+    reward = load_reward({name: 1.0}, overrides={name: case.options})
+    assert rows == reward(samples).parts[name].tolist() == reward(samples).total.tolist()
+    assert scores.scorers[name].fingerprint == reward.scorers[name].fingerprint
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_value_is_the_same_when_asked_twice(load, name: str) -> None:
-    assert numbers(load[name](3).score(samples())) == numbers(load[name](3).score(samples()))
+def test_what_cannot_be_measured_is_a_failure_and_harms_no_neighbour(cases: Cases, name: str) -> None:
+    case = cases[name]
+    scorer, good = case.load(8), case.samples()[0]
+    of_image = {
+        "missing": replace(good, image=None),
+        "unreadable": replace(good, image=b"no image at all"),
+        "floats": replace(good, image=image(3) / 255.0),
+        "1x1": replace(good, image=image(4)[:1, :1].copy()),
+    }
+    of_text = {"empty prompt": with_text(good, "  "), "endless prompt": with_text(good, 'says "cat" ' * 1000)}
+    problems = {**of_image, **of_text}
+    scores = dict(zip(["before", *problems, "after"], scorer.score([good, *problems.values(), good]), strict=True))
+    assert numbers([scores["before"], scores["after"]]) == pytest.approx(numbers(scorer.score([good])) * 2, abs=1e-5)
+    for problem in problems:
+        score, is_read = scores[problem], case.reads_image if problem in of_image else case.reads_text
+        assert isinstance(score, Failure if is_read else Value), (problem, score)
+        if isinstance(score, Failure):
+            assert score.stage == "score" and score.kind == ("missing" if problem in ("missing", "empty prompt") else "error"), score
+            assert good.request.id in score.message or "holds no image" in score.message
 
 
-def modules(scorer: object) -> list[torch.nn.Module]:
-    """Every network in a scorer's fields and in those of what it holds."""
-    held = [getattr(scorer, item.name) for item in fields(scorer)]
-    networks = [value for value in held if isinstance(value, torch.nn.Module)]
-    for value in held:
-        if hasattr(value, "__dataclass_fields__"):
-            networks += modules(value)
-    return networks
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_weights_give_failures(cases: Cases, name: str) -> None:
+    case = cases[name]
+    if not case.has_weights:
+        assert "weights" not in str(registry.find("scorers", name).needs), "a scorer of weights must show what it makes of damaged ones"
+        return
+    scorer = case.load(4)
+    found = networks(scorer)
+    assert found
+    for network in found:
+        for parameter in network.parameters():
+            parameter.data.fill_(math.nan)
+    assert [getattr(score, "kind", score) for score in scorer.score(case.samples()[:3])] == ["nonfinite"] * 3
 
 
-def test_every_scorer_says_what_it_needs() -> None:
-    from mmalign import registry
+@pytest.mark.parametrize("name", NAMES)
+def test_a_value_is_the_same_when_asked_twice(cases: Cases, name: str) -> None:
+    first, second, samples = cases[name].load(3), cases[name].load(3), cases[name].samples()
+    assert numbers(first.score(samples)) == numbers(second.score(samples)) == numbers(first.score(samples))
 
-    found = registry.entries("scorers")
-    assert set(NAMES) <= set(found)
-    for name in WITH_WEIGHTS:
-        assert all(need.startswith("weights: ") for need in found[name].needs) and found[name].needs, name
-    assert found["ocr"].needs == ("extra: ocr",) and Path(found["ocr"].path).name == "ocr.py"
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_scorer_says_what_it_needs(name: str) -> None:
+    needs = registry.find("scorers", name).needs
+    assert all(need.startswith(("weights: ", "extra: ")) or need == "endpoint" for need in needs)
+    in_the_package = {"jpeg_size", "shapes", "shapes_preference", "shapes_safety"}
+    assert bool(needs) != (name in in_the_package)

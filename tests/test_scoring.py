@@ -124,9 +124,11 @@ def test_attribution_draws_a_map_for_each_image(tmp_path, capsys):
     words = ["score", "--images", str(images), "--prompts", str(prompts), "--scorers", "clipscore", "--executor", "inline"]
     assert cli.main([*words, "--device", "cpu", "--set", "clipscore.model=tiny-clip", "--attribution", "gradcam"]) == 0
     assert "2 maps" in capsys.readouterr().out
-    drawn_maps = sorted((images / "maps").iterdir())
-    assert [path.name for path in drawn_maps] == ["0.clipscore.gradcam.png", "1.clipscore.gradcam.png"]
-    assert decode_image(drawn_maps[0]).shape == (32, 32, 3)
+    drawn_maps = sorted((images / "scores.report" / "maps").iterdir())
+    assert [path.name for path in drawn_maps] == ["0.png.clipscore.gradcam.png", "1.png.clipscore.gradcam.png"]
+    assert decode_image(drawn_maps[0]).shape == decode_image(images / "0.png").shape
+    again = scoring.read_folder(images, prompts)
+    assert [picture.path.name for picture in again] == ["0.png", "1.png"], "maps and thumbnails of a run are no images of the next"
 
 
 def test_the_verb_prints_a_table_and_writes_the_file(folder, capsys):
@@ -147,6 +149,7 @@ def test_the_verb_prints_a_table_and_writes_the_file(folder, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].split() == ["scorer", "mean", "least", "greatest", "images", "failed"]
     assert [line.split()[0] for line in shown[1:3]] == ["brightness", "jpeg_size"] and shown[3].startswith("3 images, every value in")
+    assert shown[4] == f"report: {folder / 'scores.report' / 'index.html'}"
     assert len(pd.read_parquet(folder / "scores.parquet")) == 6
     (folder / "3.png").write_bytes(b"none")
     assert cli.main([*arguments, "--json"]) == 3
@@ -182,37 +185,6 @@ def test_every_scorer_is_found_described_and_states_its_needs():
             assert any(need.startswith("weights: ") for need in entry.needs), entry.name
         if entry.name in {"remote", "unifiedreward", "deqa", "unipercept"}:
             assert entry.needs == ("endpoint",)
-
-
-LOCAL = {
-    "blip_vqa": lambda root: {"model": str(tiny.blip(root)), "processor": str(root), "resolution": "32"},
-    "git": lambda root: {"model": str(tiny.git(root))},
-    "vqascore": lambda root: (
-        dict(zip(("model", "vision"), map(str, tiny.clip_t5(root)), strict=True)) | {"tokenizer": str(root), "dtype": "float32"}
-    ),
-    "orm": lambda root: {"model": str(tiny.llava_next(root)[0]), "dtype": "float32"},
-    "groundingdino": lambda root: {"model": str(tiny.grounding_dino(root)), "resolution": "96", "threshold": "0.5"},
-    "hpsv3": lambda root: (
-        dict(zip(("weights", "base"), map(str, tiny.hpsv3(root)[:2]), strict=True)) | {"pixels": "3136", "dtype": "float32"}
-    ),
-    "rahf": lambda root: {"weights": str(root)} if tiny.rahf(root) else {},
-}
-
-
-@pytest.mark.parametrize("name", LOCAL)
-def test_a_benchmarks_value_is_the_rewards_for_every_local_scorer(name, tmp_path, folder):
-    options = LOCAL[name](tmp_path / "weights")
-    file = folder.parent / "prompts.txt"
-    file.write_text("a red car\na blue dog and a cat\nthe ball\n")
-    recipe = Recipe(registry.find("scorers", name), options)
-    rows = scoring.score_folder(folder, file, {name: recipe}, Inline(), batch=16).rows
-    samples = [
-        tiny.sample(text, number, image=tiny.picture(number))
-        for text, number in zip(file.read_text().splitlines(), (1, 2, 10), strict=True)
-    ]
-    reward = load_reward({name: 1.0}, overrides={name: options})(samples)
-    assert [row.scores[name].x for row in rows] == reward.parts[name].tolist()
-    assert load_scorer(name, options).fingerprint == load_scorer(name, options).fingerprint
 
 
 def test_serve_serves_from_the_command_line(tmp_path):

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mmalign import hub, registry
-from mmalign.types import Failure, Sample, Score, UsageError, Value, digest
+from mmalign.scorers._samples import Item, score_in_batches
+from mmalign.types import Sample, Score, UsageError, Value, digest
 
 VERSION = 1
 NEEDS = ("weights: a unified model with an understanding branch, such as the bundled tiny-janus",)
@@ -37,28 +38,18 @@ class SelfUnderstanding:
         self.fingerprint = digest(self.name, VERSION, asdict(config), model.fingerprint)
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
-        results: list[Score] = [self._hole(sample) for sample in samples]  # type: ignore[misc]
-        usable = [index for index, hole in enumerate(results) if hole is None]
+        """One value or failure per sample, in order."""
         # One picture at a time: padding of a neighbour must not move a value in its last bits.
-        for index in usable:
-            results[index] = Value(self._probability(samples[index]))
-        return results
+        return score_in_batches(samples, 1, lambda items: [Value(self._probability(item)) for item in items])
 
-    def _probability(self, sample: Sample) -> float:
+    def _probability(self, item: Item) -> float:
         import torch
 
         from mmalign.grpo import sequence_probability
 
         with torch.no_grad():
-            log_prob, mask = self.model.text_log_prob([self.config.question], [sample.image], [sample.request.prompt.text])
+            log_prob, mask = self.model.text_log_prob([self.config.question], [item.pixels], [item.text])
         return float(sequence_probability(log_prob.double(), mask, self.config.mean)[0])
-
-    def _hole(self, sample: Sample) -> Failure | None:
-        if sample.image is None:
-            return Failure("score", "missing", f"the sample of {sample.request.id!r} holds no image")
-        if not sample.request.prompt.text.strip():
-            return Failure("score", "missing", f"the prompt {sample.request.prompt.id!r} is empty, so it has no probability")
-        return None
 
 
 def load(config: Config = Config(), device: str = "cpu") -> SelfUnderstanding:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import numpy as np
-
+from mmalign.scorers._samples import image_of
 from mmalign.testbed import oracle
 from mmalign.testbed.world import clauses_of, facts, strict
 from mmalign.types import Failure, Sample, Score, Value, digest
@@ -42,10 +41,11 @@ class ShapesScorer:
         prompt = sample.request.prompt
         if "include" not in prompt.meta:
             return Failure("score", "missing", f"prompt {prompt.id!r} states no facts: its meta has no 'include' list of clauses")
-        if sample.image is None:
-            return Failure("score", "missing", f"the sample of {sample.request.id!r} holds no image")
+        image = image_of(sample)
+        if isinstance(image, Failure):
+            return image
         clauses = clauses_of(prompt)
-        (reading,) = oracle.read(np.asarray(sample.image)[None])
+        (reading,) = oracle.read(image[None])
         verdicts = facts(clauses, reading.scene)
         share = sum(verdicts.values()) / len(verdicts)
         is_strict = float(strict(clauses, reading.scene, reading.unclear))
@@ -55,7 +55,7 @@ class ShapesScorer:
         return Value(
             x=share if self.config.form == "share" else is_strict,
             parts={"share": share, "strict": is_strict},
-            heatmap=oracle.truth(sample.image, reading.scene, {clause.shape for clause in clauses}),
+            heatmap=oracle.truth(image, reading.scene, {clause.shape for clause in clauses}),
             detail="; ".join(notes) or "all facts hold",
         )
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from helpers.tiny_geneval import make_clip
 
 from mmalign.testbed.tiny import randomise
 from mmalign.types import Prompt, Request, Sample
@@ -179,37 +176,3 @@ def nsfw_vit(folder: Path) -> Path:
     seeded(lambda: ViTForImageClassification(config), 5).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
     return folder
-
-
-class EchoReader:
-    """Stands in for the OCR engine: how many letters of "hello" it reads depends on every pixel."""
-
-    def __call__(self, picture: np.ndarray) -> SimpleNamespace:
-        return SimpleNamespace(txts=("Hello"[: int(picture.sum()) % 6],))
-
-
-def loaders(folder: Path) -> dict[str, Callable[[int], Any]]:
-    """Scorer name -> a function of the batch size that loads it on tiny weights written under `folder`."""
-    from mmalign.scorers import aesthetic, clipscore, hpsv2, imagereward, jpeg_size, nsfw, ocr, pickscore, safety, toxicity
-
-    clip, bert = str(make_clip(folder / "clip")), str(toxic_bert(folder / "bert"))
-    vit, words = str(nsfw_vit(folder / "vit")), str(bert_tokenizer(folder / "words"))
-    files = {"hps.pt": {"state_dict": open_clip_state()}, "head.pth": head_state(8), "ImageReward.pt": imagereward_state()}
-    for name, content in files.items():
-        torch.save(content, folder / name)
-    configs: dict[str, tuple[Any, Any]] = {
-        "clipscore": (clipscore, clipscore.Config(clip)),
-        "pickscore": (pickscore, pickscore.Config(clip, processor=clip)),
-        "hpsv2": (hpsv2, hpsv2.Config(weights=str(folder / "hps.pt"), tokenizer=clip)),
-        "aesthetic": (aesthetic, aesthetic.Config(clip, str(folder / "head.pth"))),
-        "imagereward": (imagereward, imagereward.Config(str(folder / "ImageReward.pt"), words)),
-        "toxicity": (toxicity, toxicity.Config(bert)),
-        "nsfw": (nsfw, nsfw.Config(vit)),
-        "safety": (safety, safety.Config(toxicity=bert, nsfw=vit)),
-    }
-    batched = {
-        name: lambda batch_size, module=module, config=config: module.load(replace(config, batch_size=batch_size))
-        for name, (module, config) in configs.items()
-    }
-    single = {"jpeg_size": lambda _: jpeg_size.load(), "ocr": lambda _: ocr.OcrScorer(ocr.Config(), EchoReader())}
-    return {**batched, **single}
