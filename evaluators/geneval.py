@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import fmean
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from mmalign.types import MmalignError, Prompt, Row, UsageError
+from mmalign.evaluators import _geneval
+from mmalign.evaluators._geneval import TASKS as TASKS
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-BROKEN_BELOW, BROKEN_FROM = 0.05, 20  # single_object accuracy under this, on at least so many images, is no model's doing
+from mmalign.types import Prompt, Row
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """`source`: the official `geneval` prompts, `geneval-rewritten`, Flow-GRPO's `flow-grpo-geneval` or `flow-grpo-geneval-unseen` (one
-    image a line: lower the images per prompt to 1), or the path of a .jsonl file in GenEval's metadata format.
+    """`source`: the official `geneval` prompts, Flow-GRPO's `flow-grpo-geneval` or `flow-grpo-geneval-unseen` (one image a line: lower the
+    images per prompt to 1), or the path of a .jsonl file in GenEval's metadata format. Rewritten prompts are the suite `geneval_long`.
     """
 
     source: str = "geneval"
@@ -30,59 +28,12 @@ class Evaluator:
 
     def prompts(self, split: str = "test") -> list[Prompt]:
         """The prompts in the file's order; the id is the index in five digits, the metadata goes to the scorer whole."""
-        from mmalign.data import data_path, load_json_lines
-
-        if split != "test":
-            raise UsageError(f"Suite 'geneval' has one split, test; got '{split}'.")
-        path = Path(self.source).expanduser() if self.source.endswith(".jsonl") else data_path(self.source)
-        if not path.is_file():
-            raise UsageError(f"There is no prompt file {path}. Expected GenEval metadata, one JSON object per line.")
-        return [_prompt(index, row, path) for index, row in enumerate(load_json_lines(path))]
+        return _geneval.read(self.source, "geneval", split)
 
     def aggregate(self, rows: Sequence[Row]) -> dict[str, float | None]:
-        """overall: mean of the accuracies of the tasks present, each over its images; images: over all images; prompts: share of prompts
-        with at least one correct image; strict, soft: Flow-GRPO's training forms over all images. None where there is no image.
-        """
-        by_task: dict[str, list[float]] = {task: [] for task in TASKS}
-        by_prompt: dict[str, float] = {}
-        images, strict, soft = [], [], []
-        for row in rows:
-            parts = row.value("geneval").parts
-            by_task[row.tag].append(parts["correct"])
-            by_prompt[row.request.prompt.id] = max(by_prompt.get(row.request.prompt.id, 0.0), parts["correct"])
-            images.append(parts["correct"])
-            strict.append(parts["strict"])
-            soft.append(parts["soft"])
-        means = {task: _mean(values) for task, values in by_task.items()}
-        return {
-            "overall": _mean([mean for mean in means.values() if mean is not None]),
-            **means,
-            "images": _mean(images),
-            "prompts": _mean(list(by_prompt.values())),
-            "strict": _mean(strict),
-            "soft": _mean(soft),
-        }
+        """overall, the six tasks, images, prompts, strict and soft; see `_geneval.means`."""
+        return _geneval.means(rows)
 
     def alarms(self, rows: Sequence[Row]) -> tuple[str, ...]:
-        """What makes the numbers suspect, as sentences: a detector that finds nothing."""
-        single = [row.value("geneval").parts["correct"] for row in rows if row.tag == "single_object"]
-        if len(single) < BROKEN_FROM or fmean(single) >= BROKEN_BELOW:
-            return ()
-        return (
-            f"single_object is {fmean(single):.3f} over {len(single)} images: this is what a broken detector looks like (wrong or "
-            "incomplete weights, half precision on some GPUs). "
-            "Score real photographs with the same detector before believing these numbers.",
-        )
-
-
-def _prompt(index: int, row: dict[str, Any], path: Path) -> Prompt:
-    if not isinstance(row.get("prompt"), str) or not isinstance(row.get("tag"), str) or not row.get("include"):
-        got = ", ".join(row) or "nothing"
-        raise MmalignError(f"{path}, line {index + 1}: GenEval metadata needs 'tag', 'prompt' and 'include'; got {got}.")
-    if row["tag"] not in TASKS:
-        raise MmalignError(f"{path}, line {index + 1}: the tag '{row['tag']}' is none of {', '.join(TASKS)}.")
-    return Prompt(f"{index:05d}", row["prompt"], (row["tag"],), row)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
+        """What makes the numbers suspect, as sentences."""
+        return _geneval.alarms(rows)

@@ -35,6 +35,7 @@ from mmalign.types import (
     Row,
     Sample,
     Status,
+    UsageError,
     Value,
     digest,
     request_seed,
@@ -198,13 +199,24 @@ def _plan(job: Job, model: Description, scorers: Mapping[str, Description]) -> P
     images = job.card.images_per_prompt if job.images_per_prompt is None else job.images_per_prompt
     seed = job.card.seed if job.seed is None else job.seed
     items = [(prompt, index) for prompt in prompts for index in range(images)]
-    requests = [Request(prompt, index, request_seed(seed, prompt.id, index), job.size, model.options) for prompt, index in items]
+    settings = _settings(job, model)
+    requests = [Request(prompt, index, request_seed(seed, prompt.id, index), job.size, settings) for prompt, index in items]
     keyed = {request.key(model.fingerprint): request for request in requests}
     if len(keyed) < len(requests):
         raise MmalignError(f"Two items of the suite '{job.suite}' have the same prompt, seed and index, so they would be one image.")
     made = Plan(job, model, scorers, prompts, keyed, _deviations(job, model, scorers, len(everything)), run="")
     identity = digest("run", job.card.hash, configs.plain(job.evaluator), sorted(keyed), sorted(made.score_keys()))
     return replace(made, run=identity[:12])
+
+
+def _settings(job: Job, model: Description) -> Mapping[str, Any]:
+    """The model's sampling settings; a suite with `task` "answer" asks it for answers where others ask for images."""
+    task = getattr(job.evaluator, "task", "image")
+    if task == "image":
+        return model.options
+    if task not in model.facts["capabilities"]:
+        raise UsageError(f"The suite '{job.suite}' asks for answers, and {model.name} ({model.facts['family']}) gives none.")
+    return {**model.options, "task": task}
 
 
 def _spread(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
@@ -236,7 +248,8 @@ def _deviations(job: Job, model: Description, scorers: Mapping[str, Description]
     for name, scorer in scorers.items():
         own = [Deviation(**deviation) for deviation in scorer.facts.get("deviations", ())]  # what the scorer knows of itself comes first
         told = {deviation.field for deviation in own}
-        found += own + [one for one in _changed(name, scorer.defaults, scorer.options) if one.field not in told]
+        protocol = {**scorer.defaults, **getattr(job.evaluator, "scorer_options", {}).get(name, {})}
+        found += own + [one for one in _changed(name, protocol, scorer.options) if one.field not in told]
     return (*found, *_changed("sampling", model.defaults, model.options))
 
 
@@ -348,7 +361,7 @@ def _result(made: Plan, rows: Sequence[Row], counts: Counts, origin: Mapping[str
             "options": configs.plain(job.evaluator),
         },
         sampling={
-            "settings": dict(model.options),
+            "settings": dict(_settings(job, model)),
             "size": job.size,
             "seed": job.card.seed if job.seed is None else job.seed,
             "seed_rule": SEED_RULE,

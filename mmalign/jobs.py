@@ -30,7 +30,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     made = []
     for entry in suites:
         evaluator, rest = _evaluator(entry, sets)
-        scorers = {name: scorer_recipe(name, {**sets, **rest}, options.plug) for name in evaluator.scorers}
+        scorers = suite_scorers(evaluator, {**sets, **rest}, options.plug)
         made.append(
             Job(
                 suite=entry.name,
@@ -59,10 +59,17 @@ def model_recipe(options: argparse.Namespace, sets: Sets) -> tuple[hub.ModelSpec
     return spec, Recipe(registry.find("models", spec.family, options.plug), sets.get("sampling", {}), arguments)
 
 
-def scorer_recipe(name: str, sets: Sets, plugs: Sequence[Path]) -> Recipe:
-    """A scorer by name, with the options that were set on it."""
+def suite_scorers(evaluator: Evaluator, sets: Sets, plugs: Sequence[Path]) -> dict[str, Recipe]:
+    """A suite's scorers by name, with the options of its protocol and, over these, those that were set."""
+    protocol = getattr(evaluator, "scorer_options", {})
+    return {name: scorer_recipe(name, sets, plugs, protocol.get(name, {})) for name in evaluator.scorers}
+
+
+def scorer_recipe(name: str, sets: Sets, plugs: Sequence[Path], protocol: Mapping[str, Any] = {}) -> Recipe:
+    """A scorer by name, with the options that were set on it, else those of the protocol that asks for it."""
     entry = registry.find("scorers", name, plugs)
-    return Recipe(entry, sets.get(entry.name, {}))
+    typed = {option.replace("-", "_"): value for option, value in sets.get(entry.name, {}).items()}
+    return Recipe(entry, {**protocol, **typed})
 
 
 def scorer_recipes(options: argparse.Namespace) -> dict[str, Recipe]:
