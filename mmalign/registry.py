@@ -34,6 +34,8 @@ MARKS = {
     "scorers": {"Config", "load"},
 }
 
+CLEARLY = 0.1  # a known name that is so much more like what was typed than the others is the only one suggested
+
 _DOCSTRING = re.compile(r'(?:\s|#[^\n]*\n)*[rR]?("""|\'\'\'|"|\')')
 _NEEDS = re.compile(r"^NEEDS\b", re.MULTILINE)
 
@@ -125,6 +127,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
+        likeness = [difflib.SequenceMatcher(None, known, name).ratio() for known in near]
+        near = [known for known, like in zip(near, likeness, strict=True) if like > likeness[0] - CLEARLY]
         return f". Did you mean {' or '.join(repr(item) for item in near)}?"
     return f". Known: {', '.join(names)}." if names else ". None is known."
 
