@@ -23,6 +23,7 @@ from mmalign.types import MmalignError, Source, UsageError
 CARDS = Path(__file__).resolve().parent.parent / "evaluators" / "cards"
 CARDS_INSTALLED = Path(__file__).resolve().parent / "evaluators" / "cards"
 TIMEOUT_SECONDS = 20
+JOINED = "/*.txt"
 
 State = Literal["ready", "absent", "wrong"]
 
@@ -64,8 +65,14 @@ def data_path(name: str, cards: Iterable[Path] = ()) -> Path:
 
 
 def add(name: str, path: Path, cards: Iterable[Path] = ()) -> Path:
-    """Copy a file (or a checkout that holds it) into the data folder after checking its sha256; returns its place there."""
+    """Copy a file (or a checkout that holds it) into the data folder after checking its sha256; returns its place there.
+
+    A source whose address ends in /*.txt is the text files of a folder, joined: one {"item_id": stem, "prompt": text} a line, by name.
+    """
     source = _find(name, cards)
+    if source.url.endswith(JOINED) and Path(path).is_dir():
+        with tempfile.TemporaryDirectory() as scratch:
+            return add(name, _join(source, Path(path), Path(scratch)), cards)
     found = _search(source, Path(path))
     _check(source, found)
     place = _place(source)
@@ -88,6 +95,11 @@ def fetch(name: str, cards: Iterable[Path] = ()) -> Path:
 
     source = _find(name, cards)
     place = _place(source)
+    if source.url.endswith(JOINED):
+        address = "/".join(source.url.split("/")[:5])
+        raise MmalignError(
+            f"The data '{name}' is not in {place.parent}; it is made of many small files. Clone {address}, then run: {_command(name)}"
+        )
     downloader = pooch.HTTPDownloader(timeout=TIMEOUT_SECONDS)
     try:
         known = None if _is_git(source) else f"sha256:{source.sha256}"
@@ -200,6 +212,16 @@ def _search(source: Source, path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise MmalignError(f"There is no file {candidates[0]} to add as '{source.name}'. Give the path of {source.file}, or of its folder.")
+
+
+def _join(source: Source, path: Path, scratch: Path) -> Path:
+    """The joined file of a folder of texts, or of a checkout that holds the folder where the source's address says."""
+    inside = path / source.url.removesuffix(JOINED).split("/", 7)[-1]  # https://github.com/<owner>/<name>/tree/<commit>/<folder>
+    texts = sorted((inside if inside.is_dir() else path).glob("*.txt"))
+    rows = [{"item_id": text.stem, "prompt": text.read_text(encoding="utf-8")} for text in texts]
+    joined = scratch / source.file
+    joined.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    return joined
 
 
 def _command(name: str) -> str:
