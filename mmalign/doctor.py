@@ -28,7 +28,7 @@ EXTRAS = {
     "ray": ("ray",),
     "ocr": ("rapidocr", "onnxruntime", "rapidfuzz"),
     "safety": ("detoxify",),
-    "trackers": ("trackio", "tensorboard"),
+    "trackers": ("tensorboard", "trackio", "wandb"),
     "test": ("pytest", "hypothesis", "jaxtyping", "selenium"),
 }
 ENDPOINT = Secret("OPENAI_API_KEY")
