@@ -134,7 +134,8 @@ def surrogate(
         divergence = kl(log_prob, torch.where(mask, reference.detach(), log_prob.detach()), objective.kl)
         per_decision = per_decision + objective.beta * divergence
     z = normaliser_of(mask, objective.reduction) if normaliser is None else normaliser
-    scale = 1 / mask.sum(1, keepdim=True).clamp(min=1) if objective.reduction == "sample_mean" else 1.0
+    lengths_B1 = mask.sum(1, keepdim=True).clamp(min=1).to(per_decision.dtype)  # as whole numbers they would divide in float32
+    scale = 1 / lengths_B1 if objective.reduction == "sample_mean" else 1.0
     with torch.no_grad():
         hit = mask & (torch.minimum(ratio * credit, clipped * credit) < ratio * credit)
     return Loss(
