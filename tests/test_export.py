@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def exported(capsys, folder: Path, *arguments: str) -> str:
-    assert cli.main(["export", *arguments, "--results", str(folder)]) == 0
+    assert cli.main(["report", "--export", *arguments, "--results", str(folder)]) == 0
     return capsys.readouterr().out
 
 
@@ -50,7 +50,7 @@ def test_eval_results_are_read_by_the_hubs_library(capsys, folder: Path) -> None
 
 
 def test_eval_results_never_invent_a_dataset(capsys, folder: Path) -> None:
-    assert cli.main(["export", "eval-results", "--results", str(folder)]) == 2
+    assert cli.main(["report", "--export", "eval-results", "--results", str(folder)]) == 2
     assert "Say --dataset geneval=ORG/NAME" in capsys.readouterr().err
 
 
@@ -66,7 +66,7 @@ def test_lm_eval_has_its_keys_and_our_values(capsys, folder: Path) -> None:
 
 def test_what_deviates_leaves_the_house_only_on_demand_and_says_so(capsys, tmp_path: Path) -> None:
     geneval_run(tmp_path, "mine", VALUES, deviations=[Deviation("limit", "553 prompts", "12", "")])
-    assert cli.main(["export", "lm-eval", "--results", str(tmp_path)]) == 2
+    assert cli.main(["report", "--export", "lm-eval", "--results", str(tmp_path)]) == 2
     assert "No complete, undeviating result fits; --all takes others. Models: mine." in capsys.readouterr().err
     content = json.loads(exported(capsys, tmp_path, "lm-eval", "--all"))
     assert "not by the protocol: limit=12 (card: 553 prompts)" in content["configs"]["geneval"]["metadata"]["notes"]
@@ -74,6 +74,6 @@ def test_what_deviates_leaves_the_house_only_on_demand_and_says_so(capsys, tmp_p
 
 def test_of_two_models_one_must_be_named(capsys, folder: Path) -> None:
     geneval_run(folder, "other", VALUES)
-    assert cli.main(["export", "lm-eval", "--results", str(folder)]) == 2
+    assert cli.main(["report", "--export", "lm-eval", "--results", str(folder)]) == 2
     assert "name one with --model. Models: mine, other." in capsys.readouterr().err
     assert json.loads(exported(capsys, folder, "lm-eval", "--model", "other"))["model_name"] == "other"

@@ -85,7 +85,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     geneval_run(folder, "limited", {**VALUES, "overall": 0.99}, deviations=[Deviation("limit", "553 prompts", "12", "")])
     for model in ("trained", HOSTILE):
         fingerprinted(make_run(folder, make_prompts(8), model=model, suite="shapes"), model)
-    assert cli.main(["leaderboard", "--results", str(folder)]) == 0
+    assert cli.main(["report", "--leaderboard", "--results", str(folder)]) == 0
     return folder / "leaderboard" / "index.html"
 
 
