@@ -8,7 +8,7 @@ repair are in `_grounding.py`; compat="upstream" keeps every defect. Changed: no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,19 @@ class GroundingDino:
         """One value or failure per sample, in order."""
         return score_in_batches(samples, self.config.batch_size, self._measure)
 
+    def find(self, items: Sequence[Item], nouns: Sequence[tuple[str, ...]]) -> list[dict[str, _grounding.Found] | Failure]:
+        """What is found of each item's own nouns, best first (boxes: centre and size in 0..1); for benchmarks with rules of their own."""
+        asked = [self._question(item, own) if own else None for item, own in zip(items, nouns, strict=True)]
+        found = iter(self._detect([question for question in asked if isinstance(question, Question)]))
+        results: list[dict[str, _grounding.Found] | Failure] = []
+        for item, question in zip(items, asked, strict=True):
+            if not isinstance(question, Question):
+                results.append({} if question is None else question)
+                continue
+            by_noun = dict(zip(question.nouns, map(_grounding.best_first, next(found)), strict=True))
+            results.append(self._not_finite(item, by_noun.values()) or by_noun)
+        return results
+
     def _measure(self, items: Sequence[Item]) -> list[Score]:
         scores: dict[int, Score] = {}
         asked: dict[int, Question] = {}
@@ -151,10 +164,15 @@ class GroundingDino:
         kept = [at for at, score in enumerate(scores) if not score <= self.config.threshold]
         return _grounding.Found([(*boxes[at],) for at in kept], [scores[at] for at in kept])  # type: ignore[misc]
 
+    def _not_finite(self, item: Item, found: Iterable[_grounding.Found]) -> Failure | None:
+        if all(score == score for noun in found for score in noun.scores):
+            return None
+        return Failure("score", "nonfinite", f"The detector's scores for {item.sample.request.id} are not finite. Are the weights sound?")
+
     def _judge(self, item: Item, question: Question, found: Sequence[_grounding.Found]) -> Score:
         meta, name = item.sample.request.prompt.meta, item.sample.request.id
-        if any(score != score for noun in found for score in noun.scores):
-            return Failure("score", "nonfinite", f"The detector's scores for {name} are not finite. Are the weights sound?")
+        if (hole := self._not_finite(item, found)) is not None:
+            return hole
         compat = self.config.compat
         by_noun = dict(zip(question.nouns, found, strict=True))
         if compat == "upstream":
