@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import torch
 
 Size = tuple[int, int]  # height, width
-Filter = Literal["pil-nearest", "pil-bilinear", "pil-bicubic", "pil-lanczos", "opencv-bilinear"]
+Filter = Literal["pil-nearest", "pil-bilinear", "pil-bicubic", "pil-lanczos", "pil-box", "opencv-bilinear"]
 TensorFilter = Literal["bilinear", "bicubic"]
 
-PIL_FILTERS = {"pil-nearest": "NEAREST", "pil-bilinear": "BILINEAR", "pil-bicubic": "BICUBIC", "pil-lanczos": "LANCZOS"}
+PIL_FILTERS = {"pil-nearest": "NEAREST", "pil-bilinear": "BILINEAR", "pil-bicubic": "BICUBIC", "pil-lanczos": "LANCZOS", "pil-box": "BOX"}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -34,7 +34,7 @@ class Serving:
     sample: Callable[..., Trajectory]
     decode: Callable[..., torch.Tensor]
     generate_text: Callable[..., TextTrajectory]
-    is_whole: Callable[[torch.Tensor], bool]  # whether an answer's ids end as the model ends an answer, and not by the limit
+    is_whole: Callable[..., bool]  # whether an answer's ids end as the model ends an answer, and not by the limit
     tasks: tuple[str, ...] = ("image", "answer")
 
     def generate(self, requests: Sequence[Request]) -> list[Sample | Failure]:

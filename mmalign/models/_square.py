@@ -25,7 +25,7 @@ class SquarePictures:
     vq: Magvit
     offset: int
     width: int | None
-    encode_image: Callable[[Tensor], Tensor]
+    encode_image: Callable[..., Tensor]
 
     def set_square(self, tokens: int) -> None:
         """The grid and size in pixels of so many image tokens."""
