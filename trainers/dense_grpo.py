@@ -25,6 +25,7 @@ from mmalign.reward import Reward
 from mmalign.types import Prompt, Scorer, UsageError
 
 REWARD = "hpsv2=1,git=1,groundingdino=1,orm=1"
+NO_ADVANTAGE = 1e-9  # what rounding leaves of the advantages of equal rewards is below this
 
 
 @dataclass(frozen=True)
@@ -48,36 +49,50 @@ def train(config: Config, model: Any, reward: Reward, prompts: Sequence[Prompt],
             rollout = ar.make_rollout(model, loop, loop.draw(prompts, config.prompts_per_step), config)
         with loop.timer("reward"):
             scored = reward(rollout.samples)
+        advantages = ar.advantages_of(scored, config)
+        advantage_B = advantages.value.flatten()
         with loop.timer("attribution"), loop.rollout(), torch.enable_grad():
             if config.attribution == "amortised" and head is None:
                 head = make_head(scorer, rollout.pixels)
-            weight_BN = credit(config, scorer, model, rollout, loop, head)
-        advantages = ar.advantages_of(scored, config)
-        ar.update(model, loop, rollout, advantages.value.flatten(), config, weight_BN)
+            weight_BN = credit(config, scorer, model, rollout, advantage_B, loop, head)
+        ar.update(model, loop, rollout, advantage_B, config, weight_BN)
         ar.log_rewards(loop, scored, advantages)
         ar.keep_group(model, loop, rollout, scored, config, weight_BN)
 
 
-def credit(config: Config, scorer: Scorer, model: Any, rollout: ar.Rollout, loop: Loop, head: AmortisedHead | None) -> Tensor:
-    """Weights [B, N] of image tokens: one attribution of all pictures of the step at once, on the model's own token grid."""
+def credit(
+    config: Config, scorer: Scorer, model: Any, rollout: ar.Rollout, advantage_B: Tensor, loop: Loop, head: AmortisedHead | None = None
+) -> Tensor:
+    """Weights [B, N] of image tokens: one attribution of all pictures of the step at once, on the model's own token grid.
+
+    A picture without advantage (of a group whose rewards are all equal, or without a reward) teaches nothing whatever its weights:
+    it is not explained, and they are 1. Nothing else about the update changes.
+    """
+    live = (advantage_B.abs() > NO_ADVANTAGE).nonzero().flatten()
+    weight_BN = torch.ones(rollout.drawn.actions.shape, device=rollout.drawn.actions.device)
+    loop.log(explained=len(live) / len(advantage_B))
+    if not len(live):
+        return weight_BN
     options = replace(config.tool, tool=config.attribution, seed=config.seed)
-    maps = attribute(options, scorer, rollout.pixels, [sample.request.prompt for sample in rollout.samples], head)
+    asked = [rollout.samples[row].request.prompt for row in live.tolist()]
+    maps = attribute(options, scorer, rollout.pixels[live.to(rollout.pixels.device)], asked, head)
     if maps.sign * config.strength < 0 and config.control == "none":
         loop.log(wrong_sign=1.0)  # a map of faults with a positive lambda rewards the faults
-    weight_BN = token_weights(maps.weights, config.strength, model.grid, config.unit_mean).float()
+    found_LN = token_weights(maps.weights, config.strength, model.grid, config.unit_mean).float()
     if config.control == "permuted":
         generator = torch.Generator().manual_seed(loop.seeds(rollout.prompts[:1], 1, "permutation")[0])
-        order = torch.stack([torch.randperm(weight_BN.shape[1], generator=generator) for _ in weight_BN]).to(weight_BN.device)
-        weight_BN = weight_BN.gather(1, order)
+        order = torch.stack([torch.randperm(found_LN.shape[1], generator=generator) for _ in found_LN]).to(found_LN.device)
+        found_LN = found_LN.gather(1, order)
     elif config.control == "mean":
-        weight_BN = weight_BN.mean(1, keepdim=True).expand_as(weight_BN)
+        found_LN = found_LN.mean(1, keepdim=True).expand_as(found_LN)
     loop.log(
         map_top_mass=float(top_mass(maps.weights).mean()),
         map_entropy=float(entropy(maps.weights).mean()),
         map_evaluations=maps.evaluations,
-        weight_mean=float(weight_BN.mean()),
+        weight_mean=float(found_LN.mean()),
     )
-    return weight_BN.to(rollout.drawn.actions.device)
+    weight_BN[live.to(weight_BN.device)] = found_LN.to(weight_BN.device)
+    return weight_BN
 
 
 def explained_scorer(reward: Reward, name: str, tool: str) -> Scorer:

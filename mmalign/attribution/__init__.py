@@ -61,7 +61,8 @@ class Attribution:
     `grid`: side of the map (24 in the paper). `size`: pixels that pictures are resampled to first; None takes the least multiple of the
     grid that loses none. `masking`: absent cells are blurred, or dropped from the scorer's tower (then the players are its patches).
     `blur`: width of the blur as a share of the picture; the paper's 24 pixels of 384 are 0.0625, which hides no large thing.
-    `of`: the tool whose maps `permuted` shuffles. `chunk`: masked copies per call of the scorer.
+    `of`: the tool whose maps `permuted` shuffles. `chunk`: masked copies per call of the scorer. `autocast`: the scorer's passes run in
+    mixed precision; a map is a difference of scores, so look at its fidelity first (docs/attribution.md).
     """
 
     tool: Tool = "fast_shap"
@@ -72,6 +73,7 @@ class Attribution:
     chunk: int = 256
     seed: int = 0
     of: Tool = "fast_shap"
+    autocast: Literal["none", "bfloat16", "float16"] = "none"
     fast_shap: FastShap = field(default_factory=FastShap)
     shap: Shap = field(default_factory=Shap)
     lime: Lime = field(default_factory=Lime)
@@ -91,6 +93,9 @@ def attribute(
     `scorer` is a PixelScorer, or any Scorer (then without gradients). A picture's map depends on that picture, its prompt and the
     config alone. UsageError when the scorer lacks what the tool needs; MmalignError when it fails on a masked picture.
     """
+    if config.autocast != "none":
+        with torch.autocast(pixels_BCHW.device.type, getattr(torch, config.autocast)):
+            return attribute(replace(config, autocast="none"), scorer, pixels_BCHW, prompts, head)
     if not (pixels_BCHW.ndim == 4 and pixels_BCHW.is_floating_point()):
         got = f"{tuple(pixels_BCHW.shape)} {pixels_BCHW.dtype}"
         raise UsageError(f"Attribution takes pictures [B, C, H, W] of floats in [0, 1] and got {got}.")
@@ -137,8 +142,8 @@ def _play(config: Attribution, game: Game, head: AmortisedHead | None) -> tuple[
     if config.tool == "shap":
         return "shap", shap(game, config.shap)
     if config.tool == "amortised":
-        if head is None or not isinstance(game, BlurGame):
-            raise UsageError("The tool 'amortised' needs a head (AmortisedHead, kept by the caller between calls) and masking \"blur\".")
+        if head is None:
+            raise UsageError("The tool 'amortised' needs a head: an AmortisedHead, kept by the caller between calls.")
         head.step(game)
         if head.fidelity >= head.config.floor:
             return "amortised", head.explain(game)

@@ -1,4 +1,4 @@
-"""The amortised head: three small convolutions that read credit off the scorer's own patch tokens, two evaluations for a picture.
+"""The amortised head: three small convolutions that read credit off the scorer's own patch tokens, three evaluations for a picture.
 
 Input: patch tokens of the joint space times the text feature. It learns online from the equations of fast_shap's mask bank, by squared
 error on v(z) - v(1 - z) = (2z - 1) . phi, without any Shapley label; the sum is set to v(whole) - v(empty). Because it is learned it can
@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmalign.attribution.fast_shap import mask_bank
-from mmalign.attribution.game import BlurGame, ends, values
+from mmalign.attribution.game import Game, ends, values
 from mmalign.attribution.maps import resize_bilinear
 from mmalign.attribution.protocol import FeatureScorer
 from mmalign.types import MmalignError
@@ -61,15 +61,16 @@ class AmortisedHead:
         self.scale: float | None = None
         self.fidelity = float("nan")
 
-    def predict(self, game: BlurGame) -> Tensor:
+    def predict(self, game: Game) -> Tensor:
         """Credit [B, h, w] in units of the scale, before the sum is set; with graph."""
         with torch.no_grad():
             tokens = self.scorer.patch_tokens(game.pixels)
             text = self.scorer.text_features(game.prompts)[:, :, None, None]
+            game.evaluations += 1
             seen = torch.cat([tokens * text * tokens.shape[1] ** 0.5, tokens * tokens.shape[1] ** 0.5], 1)
         return resize_bilinear(self.net(seen)[:, 0], *game.grid)
 
-    def step(self, game: BlurGame) -> dict[str, float]:
+    def step(self, game: Game) -> dict[str, float]:
         """Plays a random share of the pictures on a few trained and a few spare pairs; one optimiser step. Returns loss and fidelity."""
         number = max(1, round(self.config.share * game.count))
         chosen = torch.randperm(game.count, generator=self.generator)[:number].sort().values.to(game.device)
@@ -102,8 +103,8 @@ class AmortisedHead:
         now = float(torch.corrcoef(pair)[0, 1].nan_to_num())
         self.fidelity = now if self.fidelity != self.fidelity else 0.9 * self.fidelity + 0.1 * now
 
-    def explain(self, game: BlurGame) -> Tensor:
-        """Credit [B, h, w], float64, whose sum is v(whole) - v(empty); two evaluations for a picture."""
+    def explain(self, game: Game) -> Tensor:
+        """Credit [B, h, w], float64, whose sum is v(whole) - v(empty); three evaluations for a picture."""
         if not self.fidelity >= self.config.floor:
             raise MmalignError(
                 f"The amortised head's fidelity on spare pairs is {self.fidelity:.2f}, below its floor of {self.config.floor}. "

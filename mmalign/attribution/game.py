@@ -31,6 +31,8 @@ class Game(Protocol):
     count: int
     device: torch.device
     evaluations: float
+    pixels: Tensor  # [B, C, H, W]
+    prompts: list[str]
 
     def rows(self, index_R: Tensor, masks_RCHW: Tensor) -> Tensor:
         """Values [R], float64: picture index_R[r] with the cells of masks_RCHW[r] (bool) present."""
@@ -38,6 +40,10 @@ class Game(Protocol):
 
     def slopes(self, level: float) -> Tensor | None:
         """d value / d presence of every cell when all are present to `level`, [B, h, w] float64; None without gradients."""
+        ...
+
+    def part(self, chosen: Tensor) -> Game:
+        """The game of some of the pictures, with a count of its own."""
         ...
 
 
@@ -109,7 +115,6 @@ class BlurGame:
         return _finite(torch.cat(scores), self.device)
 
     def part(self, chosen: Tensor) -> BlurGame:
-        """The game of some of the pictures, with a count of its own."""
         part = copy.copy(self)
         part.pixels, part.absent, part.count = self.pixels[chosen], self.absent[chosen], len(chosen)
         part.prompts, part.evaluations = [self.prompts[i] for i in chosen.tolist()], 0.0
@@ -149,10 +154,18 @@ class DropGame:
         with torch.no_grad():
             for part in _chunks(len(index_R), self.chunk):
                 chosen = order[part]
-                found = self.scorer.score_patches(self.pixels, self.prompts, keep_RN[chosen], index_R[chosen])
+                shown, place_R = index_R[chosen].unique(return_inverse=True)  # only these pictures are embedded
+                prompts = [self.prompts[i] for i in shown.tolist()]
+                found = self.scorer.score_patches(self.pixels[shown], prompts, keep_RN[chosen], place_R)
                 scores[chosen] = found.to(scores)
         self.evaluations += len(index_R) / self.count
         return _finite(scores, self.device)
+
+    def part(self, chosen: Tensor) -> DropGame:
+        part = copy.copy(self)
+        part.pixels, part.count = self.pixels[chosen], len(chosen)
+        part.prompts, part.evaluations = [self.prompts[i] for i in chosen.tolist()], 0.0
+        return part
 
     def slopes(self, level: float) -> Tensor | None:
         gates = torch.full((self.count, self.grid[0] * self.grid[1]), level, device=self.device, requires_grad=True)
