@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import struct
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmalign import registry
+from mmalign import reach, registry
 from mmalign.types import MmalignError, UsageError, digest
 
 CHECKPOINTS = Path(__file__).parent / "testbed" / "checkpoints"
@@ -155,11 +154,10 @@ def _download(identity: str, revision: str | None) -> Path:
     wanted = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin"]
     where = f"'{identity}'" + (f" at revision {revision}" if revision else "")
     try:
-        return Path(snapshot_download(identity, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(identity, revision=revision, allow_patterns=wanted, **reach.hub_arguments()))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else str(error).splitlines()[0]
         raise MmalignError(
-            f"The checkpoint {where} is neither a folder here nor in the cache, and it cannot be downloaded: {reason}. "
+            f"The checkpoint {where} is neither a folder here nor in the cache, and it cannot be downloaded: {reach.hub_fault(error)} "
             f"On a machine with a network run `hf download {identity}`, copy the folder here and give its path."
         ) from error
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"shim", "types"},
-    {"registry", "config", "store", "stats", "images", "results", "figures", "screen", "provenance", "pages", "history", "curves"},
+    {"registry", "config", "store", "stats", "images", "results", "figures", "screen", "provenance", "pages", "reach", "history", "curves"},
     {"data", "hub", "judge", "worker", "executors", "evaluate", "gallery"}
     | {"remote", "serve", "scoring", "reward", "attribution", "grpo", "sde", "trajectory", "loop", "distributed", "trackers"},
     {"models", "scorers", "testbed", "adapters"},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mmalign.hub import CHECKPOINTS
+from mmalign.reach import hub_arguments
 from mmalign.scorers import _weights
 from mmalign.scorers._preprocess import CropCentre, Preprocess, Triple
 from mmalign.scorers._whole import load_whole
@@ -89,10 +90,9 @@ class Clip:
 
     def encode_images(self, images: Sequence[Any]) -> torch.Tensor:
         """Unit features [B, D] of uint8 images of any sizes, by the exact preprocessing."""
-        import torch
 
         like = self.model.visual_projection.weight
-        return self._encode_input(torch.cat([self.preprocess.image(image) for image in images]).to(like.device, like.dtype))
+        return self._encode_input(self.preprocess.images(images).to(like.device, like.dtype))
 
     def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
         """Unit features [B, D] in float32, without gradient; a prompt is encoded once and then remembered."""
@@ -177,7 +177,7 @@ def preprocess_of(spec: str, model: Any, option: str, rounding: Literal["even", 
 
     side = model.config.vision_config.image_size
     try:
-        processor = CLIPImageProcessorPil.from_pretrained(spec)
+        processor = CLIPImageProcessorPil.from_pretrained(spec, **hub_arguments(spec))
     except OSError:
         return CropCentre(side, rounding=rounding)
     size, crop = dict(processor.size), dict(processor.crop_size)

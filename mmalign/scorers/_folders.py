@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.scorers._weights import first_line, read_tensors
+from mmalign.reach import hub_arguments, hub_fault
+from mmalign.scorers._weights import read_tensors
 from mmalign.types import MmalignError
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ def folder(spec: str, option: str, patterns: Sequence[str] = ("*.json", "*.safet
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(spec, allow_patterns=list(patterns)))
+        return Path(snapshot_download(spec, allow_patterns=list(patterns), **hub_arguments()))
     except (OSError, ValueError) as error:  # what huggingface_hub raises when it is offline, refused or misspelt
         raise MmalignError(
-            f"There is no folder '{spec}' ({option}), and the hub does not give it: {first_line(error)} "
+            f"There is no folder '{spec}' ({option}), and the hub does not give it: {hub_fault(error)} "
             f"Download it on a machine with network and give its path with --set {option}=PATH."
         ) from error
 

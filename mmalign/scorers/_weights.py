@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmalign.reach import hub_arguments, hub_fault
 from mmalign.types import MmalignError, digest
 
 if TYPE_CHECKING:
@@ -21,10 +22,11 @@ def tokenizer(spec: str, option: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(spec)
+        return AutoTokenizer.from_pretrained(spec, **hub_arguments(spec))
     except (OSError, ValueError, KeyError) as error:
         raise MmalignError(
-            f"The tokenizer '{spec}' ({option}) cannot be loaded: {first_line(error)} Give a folder or a hub id with --set {option}=PATH."
+            f"The tokenizer '{spec}' ({option}) cannot be loaded: {hub_fault(error, spec)} "
+            f"Give a folder or a hub id with --set {option}=PATH."
         ) from error
 
 
@@ -39,10 +41,10 @@ def official_file(spec: str, option: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, name, **hub_arguments()))
     except (OSError, ValueError) as error:  # what huggingface_hub raises when it is offline, refused or misspelt
         raise MmalignError(
-            f"The file {name} of the hub repository {repository} ({option}) cannot be fetched: {first_line(error)} "
+            f"The file {name} of the hub repository {repository} ({option}) cannot be fetched: {hub_fault(error)} "
             f"Download it on a machine with network and give its path with --set {option}=PATH."
         ) from error
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mmalign.images import Filter
+from mmalign.reach import hub_arguments, hub_fault
 from mmalign.scorers import _weights
 from mmalign.scorers._preprocess import Squash, Triple
 from mmalign.scorers._samples import Item, score_in_batches
@@ -52,9 +53,9 @@ def preprocess_of(spec: str) -> Squash:
     from transformers import ViTImageProcessorPil
 
     try:
-        processor = ViTImageProcessorPil.from_pretrained(spec)
+        processor = ViTImageProcessorPil.from_pretrained(spec, **hub_arguments(spec))
     except OSError as error:
-        raise MmalignError(f"The classifier '{spec}' (nsfw.model) has no preprocessor_config.json: {_weights.first_line(error)}") from error
+        raise MmalignError(f"The classifier '{spec}' (nsfw.model) has no preprocessor_config.json: {hub_fault(error, spec)}") from error
     size, resample = dict(processor.size), int(processor.resample)
     if not {"height", "width"} <= size.keys() or resample not in FILTERS:
         raise MmalignError(f"The processor of '{spec}' resizes to {size} by filter {resample}; expected height, width and filter 0 to 3.")
@@ -80,7 +81,7 @@ class NsfwScorer:
         import torch
 
         with torch.no_grad():
-            probability_B = self._probability(torch.cat([self.preprocess.image(item.pixels) for item in items]))
+            probability_B = self._probability(self.preprocess.images([item.pixels for item in items]))
         return [Value(probability) for probability in probability_B.tolist()]
 
     def _probability(self, x_BCHW: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,68 @@
+"""Whether the model hub answers, asked once within seconds: a machine without a network then says so instead of trying on and on.
+
+huggingface_hub repeats a failed request for half a minute, and loading one scorer makes several requests. Whoever is about to look
+something up there passes `hub_arguments`, which restrict the look-up to the local cache while the hub is silent. Standard library only.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from functools import lru_cache
+from pathlib import Path
+
+PATIENCE = 5.0  # seconds; HF_HUB_ETAG_TIMEOUT, which the hub's own library reads for the same wait, overrides it
+MEMORY = 60.0  # seconds for which an answer holds, so that a server that outlives an outage finds the hub again
+
+
+def hub_arguments(spec: str = "") -> dict[str, bool]:
+    """Keyword arguments for a look-up of `spec`: {"local_files_only": True} while the hub is silent, none for a path that exists."""
+    return {"local_files_only": True} if not _is_here(spec) and hub_silence() else {}
+
+
+def hub_silence() -> str:
+    """Why the hub is not asked, as a clause for a sentence; "" when it answers. Takes PATIENCE at most, and that once in MEMORY."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    patience = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or PATIENCE)
+    return _asked(address, patience, int(time.monotonic() // MEMORY))
+
+
+def hub_fault(error: BaseException, spec: str = "") -> str:
+    """What kept `spec` away, as the end of a sentence: the hub's silence, or the first line of the error."""
+    silence = "" if _is_here(spec) else hub_silence()
+    text = silence or next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _is_here(spec: str) -> bool:
+    return bool(spec) and Path(spec).expanduser().exists()
+
+
+@lru_cache(maxsize=8)
+def _asked(address: str, patience: float, period: int) -> str:
+    """`_ask` in a thread, since no timeout of a socket covers the look-up of a name. `period` ages the answer."""
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(_ask(address, patience)), daemon=True)
+    thread.start()
+    thread.join(patience)
+    return found[0] if found else f"{address} does not answer within {patience:g} s (is there a network?)"
+
+
+def _ask(address: str, patience: float) -> str:
+    """ "" when the hub, or the proxy that the environment names, gives any answer: an error of its own is the library's to report."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=patience):
+            return ""
+    except urllib.error.HTTPError:
+        return ""
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        # A certificate that Python refuses may be one that the library accepts: it has authorities of its own.
+        return "" if isinstance(reason, ssl.SSLError) else f"{address} cannot be reached ({reason}; is there a network?)"
