@@ -1,12 +1,14 @@
 """What a network sees of an image: CLIP's crop, HPSv2's pad and ViT's squash, each for an image and, differentiably, for a tensor.
 
-`image` takes uint8 RGB [H, W, 3] and is exact: the original's filter, rounding and order. `tensor` takes floats [B, 3, H, W] in [0, 1] of
+`image` takes uint8 RGB [H, W, 3] and is exact: the original's filter, rounding and order; `images` gives the same for several of any
+sizes, whose normalisation is then one operation. `tensor` takes floats [B, 3, H, W] in [0, 1] of
 any size, lets gradients through and gives the same pixels where the original resizes tensors (HPSv2); where it resizes 8-bit images, the
 tensor path lacks only the rounding to 256 levels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -23,6 +25,8 @@ class Preprocess(Protocol):
     """Pixels to network input [B, 3, S, S]; frozen dataclasses, so that their fields enter the scorer's fingerprint."""
 
     def image(self, image_HWC: np.ndarray) -> torch.Tensor: ...
+
+    def images(self, images: Sequence[np.ndarray]) -> torch.Tensor: ...
 
     def tensor(self, x_BCHW: torch.Tensor) -> torch.Tensor: ...
 
@@ -41,10 +45,14 @@ class CropCentre:
     rounding: Literal["even", "down"] = "even"
 
     def image(self, image_HWC: np.ndarray) -> torch.Tensor:
+        return self.images([image_HWC])
+
+    def images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        return _normalised([self._cropped(image) for image in images], self.mean, self.std)
+
+    def _cropped(self, image_HWC: np.ndarray) -> np.ndarray:
         height, width = short_side(_size(image_HWC), self.side)
-        small = resize(image_HWC, (height, width), "pil-bicubic")
-        rows, columns = self._window(height), self._window(width)
-        return normalise(to_tensor(small[rows, columns]), self.mean, self.std)
+        return resize(image_HWC, (height, width), "pil-bicubic")[self._window(height), self._window(width)]
 
     def tensor(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         height, width = size = short_side((x_BCHW.shape[-2], x_BCHW.shape[-1]), self.side)
@@ -74,6 +82,11 @@ class PadSquare:
     def image(self, image_HWC: np.ndarray) -> torch.Tensor:
         return self.tensor(to_tensor(image_HWC))
 
+    def images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        import torch
+
+        return torch.cat([self.image(image) for image in images])
+
     def tensor(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         from torch.nn import functional
 
@@ -95,11 +108,22 @@ class Squash:
     std: Triple
 
     def image(self, image_HWC: np.ndarray) -> torch.Tensor:
-        return normalise(to_tensor(resize(image_HWC, self.size, self.method)), self.mean, self.std)
+        return self.images([image_HWC])
+
+    def images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        return _normalised([resize(image, self.size, self.method) for image in images], self.mean, self.std)
 
     def tensor(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         method: Literal["bilinear", "bicubic"] = "bicubic" if self.method == "pil-bicubic" else "bilinear"
         return normalise(resize_tensor(x_BCHW, self.size, method, antialias=True).clamp(0, 1), self.mean, self.std)
+
+
+def _normalised(images: Sequence[np.ndarray], mean: Triple, std: Triple) -> torch.Tensor:
+    """Network input [B, 3, H, W] of 8-bit images of one size."""
+    import numpy as np
+    import torch
+
+    return normalise(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(255), mean, std)
 
 
 def _size(image_HWC: np.ndarray) -> Size:

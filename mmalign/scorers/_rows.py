@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,13 @@ class Row:
 
     image: int
     ids: tuple[int, ...]
+
+
+def token_ids(words: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    """The tokenizer's ids of each text, in order; equal texts are encoded once, and all in one call."""
+    distinct = list(dict.fromkeys(texts))
+    found = dict(zip(distinct, words(distinct, **options).input_ids if distinct else [], strict=True))
+    return [found[text] for text in texts]
 
 
 def buckets(keys: Sequence[Hashable], size: int) -> Iterator[list[int]]:

@@ -21,7 +21,7 @@ from mmalign.images import CLIP_MEAN, CLIP_STD
 from mmalign.scorers import _phrases, _weights
 from mmalign.scorers._clip import Dtype
 from mmalign.scorers._preprocess import Squash
-from mmalign.scorers._rows import Row, answer
+from mmalign.scorers._rows import Row, answer, token_ids
 from mmalign.scorers._samples import Item, score_in_batches
 from mmalign.scorers._whole import load_whole
 from mmalign.types import Sample, Score, Value, digest
@@ -103,9 +103,11 @@ class BlipVqa:
         import torch
 
         asked = [self._phrases(item) for item in items]
-        rows = [Row(at, self._ids(phrase)) for at, phrases in enumerate(asked) for phrase in phrases]
+        pairs = [(at, question_of(phrase)) for at, phrases in enumerate(asked) for phrase in phrases]
+        questions = token_ids(self.words, [question for _, question in pairs], truncation=True, max_length=MAX_TOKENS)
+        rows = [Row(at, (self.encode, *ids[1:])) for (at, _), ids in zip(pairs, questions, strict=True)]
         with torch.no_grad():
-            pixels_BCHW = torch.cat([self.preprocess.image(item.pixels) for item in items])
+            pixels_BCHW = self.preprocess.images([item.pixels for item in items])
             weight = self.model.vision_model.embeddings.patch_embedding.weight
             interpolate = self.side != self.model.config.vision_config.image_size
             visual = self.model.vision_model(pixels_BCHW.to(weight.device, weight.dtype), interpolate_pos_encoding=interpolate)
@@ -115,10 +117,6 @@ class BlipVqa:
     def _phrases(self, item: Item) -> list[str]:
         found = _phrases.phrases(item.sample.request.prompt, self.config.parser, PHRASE_KEYS)
         return [phrase for phrase in found if question_of(phrase) != "?"][:MAX_PHRASES]
-
-    def _ids(self, phrase: str) -> tuple[int, ...]:
-        ids = self.words(question_of(phrase), truncation=True, max_length=MAX_TOKENS).input_ids
-        return (self.encode, *ids[1:])
 
     def _yes(self, image_BND: torch.Tensor, rows: Sequence[Row]) -> list[float]:
         """P(yes) against P(no) of questions of one length."""

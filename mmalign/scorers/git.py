@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.scorers import _phrases, _weights
 from mmalign.scorers._clip import Dtype, preprocess_of
-from mmalign.scorers._rows import Row, answer
+from mmalign.scorers._rows import Row, answer, token_ids
 from mmalign.scorers._samples import Item, score_in_batches
 from mmalign.scorers._whole import load_whole
 from mmalign.types import Failure, Sample, Score, Value, digest
@@ -68,11 +68,13 @@ class GitReward:
         import torch
 
         asked = [self._nouns(item) for item in items]
-        rows = [Row(at, self._ids(noun)) for at, nouns in enumerate(asked) for noun in nouns]
+        pairs = [(at, noun) for at, nouns in enumerate(asked) for noun in nouns]
+        questions = token_ids(self.words, [f"{noun}?" for _, noun in pairs], add_special_tokens=False)
+        rows = [Row(at, (self.words.cls_token_id, *ids)) for (at, _), ids in zip(pairs, questions, strict=True)]
         limit = self.model.config.max_position_embeddings
         with torch.no_grad():
             weight = self.model.git.visual_projection.visual_projection[0].weight
-            pixels_BCHW = torch.cat([self.preprocess.image(item.pixels) for item in items]).to(weight.device, weight.dtype)
+            pixels_BCHW = self.preprocess.images([item.pixels for item in items]).to(weight.device, weight.dtype)
             visual_BND = self.model.git.visual_projection(self.model.git.image_encoder(pixels_BCHW).last_hidden_state)
             short = [row for row in rows if len(row.ids) <= limit]
             answers = iter(answer(short, self.config.batch_size, lambda group: self._yes(visual_BND, group)))
@@ -84,9 +86,6 @@ class GitReward:
         if meta.get("task_type") in OTHER_JUDGES or ("nouns" in meta and not meta["nouns"] and not meta.get("attr_nouns")):
             return []
         return _phrases.phrases(item.sample.request.prompt, self.config.parser, ("attr_nouns", "nouns"))
-
-    def _ids(self, noun: str) -> tuple[int, ...]:
-        return (self.words.cls_token_id, *self.words(f"{noun}?", add_special_tokens=False).input_ids)
 
     def _yes(self, visual_BND: torch.Tensor, rows: Sequence[Row]) -> list[float]:
         """P(yes) against P(no) of questions of one length: GIT from its encoded image on.

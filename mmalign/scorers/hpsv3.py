@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmalign.images import CLIP_MEAN, CLIP_STD, Size, normalise, resize, to_tensor
-from mmalign.scorers import _folders, _weights
+from mmalign.scorers import _folders, _rows, _weights
 from mmalign.scorers._clip import Dtype
 from mmalign.scorers._hpsv3_question import QUESTION
 from mmalign.scorers._samples import Item, score_in_batches
@@ -85,13 +85,15 @@ class HpsV3:
         return score_in_batches(samples, self.config.batch_size, self._measure)
 
     def _measure(self, items: Sequence[Item]) -> list[Score]:
-        asked = {position: self._read(item) for position, item in enumerate(items)}
+        texts = _rows.token_ids(self.words, [AFTER.format(QUESTION.format(text_prompt=item.text)) for item in items])
+        before = self.words(BEFORE).input_ids
+        asked = {position: self._read(item, before, text) for position, (item, text) in enumerate(zip(items, texts, strict=True))}
         holes: dict[int, Score] = {position: read for position, read in asked.items() if isinstance(read, Failure)}
         readable = {position: read for position, read in asked.items() if not isinstance(read, Failure)}
         values = dict(zip(readable, self._run(list(readable.values())) if readable else [], strict=True))
         return [holes.get(position) or values[position] for position in range(len(items))]
 
-    def _read(self, item: Item) -> tuple[list[int], torch.Tensor, Size] | Failure:
+    def _read(self, item: Item, before: Sequence[int], text: Sequence[int]) -> tuple[list[int], torch.Tensor, Size] | Failure:
         """Tokens, patches and patch grid of an item, or why the network cannot read it."""
         height, width = item.pixels.shape[:2]
         if max(height, width) > MAX_ASPECT * min(height, width):
@@ -102,14 +104,13 @@ class HpsV3:
             )
         patches, grid = patchify(item.pixels, self.config.pixels, self.patch, self.merge, self.frames)
         image_token = self.model.network.config.image_token_id
-        text = self.words(AFTER.format(QUESTION.format(text_prompt=item.text))).input_ids
         if text.count(self.reward) != 1 or image_token in text:
             return Failure(
                 "score",
                 "error",
                 f"The prompt of {item.sample.request.id} holds a control token of HPSv3 ({REWARD} or an image); it cannot be read.",
             )
-        ids = [*self.words(BEFORE).input_ids, *[image_token] * (grid[0] * grid[1] // self.merge**2), *text]
+        ids = [*before, *[image_token] * (grid[0] * grid[1] // self.merge**2), *text]
         limit = self.model.network.config.text_config.max_position_embeddings
         if len(ids) > limit:
             return Failure("score", "error", f"The prompt of {item.sample.request.id} makes {len(ids)} tokens; HPSv3 reads {limit}.")

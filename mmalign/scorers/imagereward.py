@@ -133,7 +133,7 @@ class ImageReward:
 
         prompts = [item.text for item in items]
         with torch.no_grad():
-            scores_B = self._score(torch.cat([self.preprocess.image(item.pixels) for item in items]), prompts)
+            scores_B = self._score(self.preprocess.images([item.pixels for item in items]), prompts)
         notes = [cut_note(self._tokens[prompt][2], MAX_TOKENS) for prompt in prompts]
         return [Value(score, detail=note) for score, note in zip(scores_B.tolist(), notes, strict=True)]
 

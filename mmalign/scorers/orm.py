@@ -22,7 +22,7 @@ from mmalign.judge import Endpoint, Judge, Question, Reply
 from mmalign.scorers import _folders, _weights
 from mmalign.scorers._clip import Dtype
 from mmalign.scorers._preprocess import Squash
-from mmalign.scorers._rows import buckets
+from mmalign.scorers._rows import buckets, token_ids
 from mmalign.scorers._samples import Item, score_in_batches
 from mmalign.types import Failure, Sample, Score, Value, digest
 
@@ -117,12 +117,12 @@ class Orm:
         from mmalign.scorers import _llava_next
 
         before = self.words(BEFORE).input_ids
-        asked = [self.words(AFTER.replace("{}", item.text)).input_ids for item in items]
+        asked = token_ids(self.words, [AFTER.replace("{}", item.text) for item in items])
         limit = self.model.config.text_config.max_position_embeddings
         scores: dict[int, Score] = {}
         device = self.model.lm_head.weight.device
         with torch.no_grad():
-            pixels = torch.cat([self.preprocess.image(pad_square(item.pixels, FILL)) for item in items])
+            pixels = self.preprocess.images([pad_square(item.pixels, FILL) for item in items])
             images_BPD = _llava_next.encode_images(self.model, pixels)
             for group in buckets([len(ids) for ids in asked], self.config.batch_size):
                 n_tokens = len(before) + images_BPD.shape[1] + len(asked[group[0]])

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from mmalign.scorers import _folders, _weights
 from mmalign.scorers._clip import Dtype
 from mmalign.scorers._preprocess import Squash
-from mmalign.scorers._rows import buckets
+from mmalign.scorers._rows import buckets, token_ids
 from mmalign.scorers._samples import Item, cut_note, score_in_batches
 from mmalign.types import MmalignError, Sample, Score, Value, digest
 
@@ -92,12 +92,12 @@ class RahfScorer:
     def _measure(self, items: Sequence[Item]) -> list[Score]:
         import torch
 
-        asked = [self.words(item.text).input_ids for item in items]
+        asked = token_ids(self.words, [item.text for item in items])
         found: list[Score] = [Value(0.0)] * len(items)
         weight = self.model.project.weight
         with torch.no_grad():
             for group in buckets([min(len(ids), MAX_TOKENS) for ids in asked], self.config.batch_size):
-                pixels = torch.cat([self.preprocess.image(items[at].pixels) for at in group]).to(weight.device, weight.dtype)
+                pixels = self.preprocess.images([items[at].pixels for at in group]).to(weight.device, weight.dtype)
                 ids = torch.tensor([asked[at][:MAX_TOKENS] for at in group], device=weight.device)
                 scores, maps = self.model(pixels, ids, torch.ones_like(ids))
                 chosen = maps[self.config.heatmap].cpu().numpy()

@@ -16,7 +16,7 @@ from mmalign.images import pad_square
 from mmalign.scorers import _folders, _weights
 from mmalign.scorers._clip import Dtype
 from mmalign.scorers._preprocess import CropCentre
-from mmalign.scorers._rows import buckets
+from mmalign.scorers._rows import buckets, token_ids
 from mmalign.scorers._samples import Item, cut_note, score_in_batches
 from mmalign.types import Sample, Score, Value, digest
 
@@ -75,11 +75,11 @@ class VqaScore:
 
         before, answer = self.words(f"{SYSTEM} USER: ").input_ids, self.words(self.config.answer).input_ids
         room = CONTEXT - len(before) - 1  # the image counts as one token
-        asked = [self.words(f"\n{self.config.question.replace('{}', item.text)} ASSISTANT: ").input_ids for item in items]
+        asked = token_ids(self.words, [f"\n{self.config.question.replace('{}', item.text)} ASSISTANT: " for item in items])
         scores: list[Score] = [Value(0.0)] * len(items)
         device = next(self.model.projector.parameters()).device
         with torch.no_grad():
-            pixels = torch.cat([self.preprocess.image(pad_square(item.pixels, FILL)) for item in items])
+            pixels = self.preprocess.images([pad_square(item.pixels, FILL) for item in items])
             images_BPD = self.model.encode_images(pixels)
             for group in buckets([min(len(ids), room) for ids in asked], self.config.batch_size):
                 rows = len(group)
