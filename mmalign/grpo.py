@@ -117,11 +117,13 @@ def surrogate(
     reference: Float[Tensor, "B S"] | None = None,
     weight: Float[Tensor, "B S"] | None = None,
     normaliser: float | None = None,
+    divergence: Float[Tensor, "B S"] | None = None,
 ) -> Loss:
     """The loss of one micro-batch. `weight` multiplies the advantage of each decision (dense rewards: 1 + lambda m).
 
     `normaliser` is Z of the *whole* batch (see `normaliser_of`), so that micro-batches and processes add up to the loss of the whole;
-    None takes this micro-batch for the whole.
+    None takes this micro-batch for the whole. `divergence` is a KL that the caller knows exactly (two Gaussians, say), in place of the
+    estimate from `reference`; gradients flow through it.
     """
     advantage_BS = advantage[:, None] if advantage.ndim == 1 else advantage
     credit = advantage_BS.to(log_prob.dtype) if weight is None else advantage_BS.to(log_prob.dtype) * weight
@@ -129,10 +131,10 @@ def surrogate(
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
     per_decision = -torch.minimum(ratio * credit, clipped * credit)
-    divergence = torch.zeros_like(per_decision)
-    if objective.beta and reference is not None:
+    if divergence is None and objective.beta and reference is not None:
         divergence = kl(log_prob, torch.where(mask, reference.detach(), log_prob.detach()), objective.kl)
-        per_decision = per_decision + objective.beta * divergence
+    divergence = torch.zeros_like(per_decision) if divergence is None else divergence
+    per_decision = per_decision + objective.beta * divergence
     z = normaliser_of(mask, objective.reduction) if normaliser is None else normaliser
     lengths_B1 = mask.sum(1, keepdim=True).clamp(min=1).to(per_decision.dtype)  # as whole numbers they would divide in float32
     scale = 1 / lengths_B1 if objective.reduction == "sample_mean" else 1.0

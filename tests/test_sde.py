@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmalign import sde
@@ -144,6 +144,7 @@ def test_gradients_flow_through_the_mean_alone():
     assert v.grad is not None and v.grad.abs().min() > 0 and after.grad is None
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # neither is about the code
 @given(left=st.integers(0, 40), n=st.integers(1, 50))
 def test_stops_fall_to_the_end_and_the_last_is_the_papers(left, n):
     found = sde.stops(left, n)

@@ -141,7 +141,7 @@ def read_pipeline(path: Path, name: str, layout: type[Layout], device: str, dtyp
 
 
 def read_scheduler(path: Path, layout: type[Layout]) -> Any:
-    """The schedule of the kind that has log-probabilities, with the folder's numbers: Euler for flow matching, DDIM for noise prediction."""
+    """The kind of schedule that has log-probabilities, with the folder's numbers: Euler for flow matching, DDIM for noise prediction."""
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     settings = json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
