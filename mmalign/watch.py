@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmalign import distributed, registry
+from mmalign import distributed, jobs, registry
 from mmalign.reward import load_scorer
 from mmalign.types import Prompt, Request, Row, Sample, Value, request_seed
 
@@ -29,7 +29,8 @@ class Panel:
         found = self.evaluator.prompts("val")
         self.prompts = found[:: max(1, len(found) // PANEL_PROMPTS)][:PANEL_PROMPTS]
         self.model = model
-        self.scorers = {name: load_scorer(name, job.sets.get(name, {}), job.device, job.plugs) for name in self.evaluator.scorers}
+        recipes = jobs.suite_scorers(self.evaluator, job.sets, job.plugs)
+        self.scorers = {name: load_scorer(name, recipe.overrides, job.device, job.plugs) for name, recipe in recipes.items()}
         settings = {**model.settings, **job.config.sampling}
         self.requests = [Request(prompt, 0, request_seed(job.config.seed, prompt.id, 0), None, settings) for prompt in self.prompts]
 
