@@ -31,7 +31,7 @@ class Recipe:
     width: int = 128
     layers: int = 4
     patch: int = 4
-    steps: int = 800
+    steps: int = 500
     batch: int = 128
     described: float = 0.6  # share of texts that describe every object
 

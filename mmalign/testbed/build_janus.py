@@ -62,6 +62,7 @@ class Recipe:
     stages: tuple[Stage, ...] = (
         Stage(4000, 1.5e-3, 64, 16, 4, wrong=0.25, planned=0.5, arranged=False),
         Stage(3600, 8e-4, 48, 24, 6, wrong=0.2, planned=0.3, arranged=True),
+        Stage(1700, 6e-4, 48, 24, 8, wrong=0.15, planned=0.2, arranged=True),
     )
     no_text: float = 0.1
 
