@@ -27,7 +27,7 @@ from mmalign.testbed.world import COLORS, SHAPES, SIDE, SIZES, Scene, Thing
 
 PATCH = 4
 TOKENS = (SIZE // PATCH) ** 2
-GUIDANCE = 1.5
+GUIDANCE = 1.25
 TEMPERATURE = 0.05  # of the cosines by which the encoder names a code
 THING_WEIGHT = 4.0  # of a place with a thing in the losses of pictures; an empty one weighs 1
 
