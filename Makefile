@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to a score.  make test: all fast tests.  make tables: the papers' tables again.  Both need Python 3.11 or newer and nothing else.
+# make demo: from a fresh clone to a score.  make test: all fast tests.  make tables: the papers' tables again.  All need Python 3.11 or newer and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
