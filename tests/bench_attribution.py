@@ -245,7 +245,7 @@ def make_table(repeats: int, head_steps: int) -> None:
         bench.row("`shap` package, 8x8 patches, 500", bench.package_on_cells("drop")),
         bench.row("shap, 500", bench.tool(tool="shap", shap=tree, masking="drop")),
         bench.row("**fast_shap** (default)", bench.tool(tool="fast_shap", masking="drop")),
-        bench.row("fast_shap, 1 gradient", bench.tool(tool="fast_shap", masking="drop", fast_shap=FastShap(steps=1))),
+        bench.row("fast_shap, 48 pairs, 1 gradient", bench.tool(tool="fast_shap", masking="drop", fast_shap=FastShap(pairs=48, steps=1))),
         bench.row("fast_shap A", bench.tool(tool="fast_shap", masking="drop", fast_shap=VARIANTS["A"])),
     ]
     slowest = float(rows[0][3])

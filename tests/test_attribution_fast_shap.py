@@ -179,7 +179,7 @@ def test_fast_shap_is_as_faithful_in_the_game_of_dropped_patches(reference) -> N
     pixels = torch.from_numpy(reference["pixels"]).permute(0, 3, 1, 2).float() / 255
     texts = [prompt["text"] for prompt in json.loads(str(reference["prompts"]))]
     tree, fast = (DropGame(scorer, pixels, texts) for _ in range(2))
-    slow_maps, fast_maps = shap(tree, Shap(evaluations=500)), fast_shap(fast, FastShap(steps=1))
-    assert fast.evaluations == 69 and tree.evaluations == 500
+    slow_maps, fast_maps = shap(tree, Shap(evaluations=500)), fast_shap(fast, FastShap(pairs=48, steps=1))
+    assert fast.evaluations == 101 and tree.evaluations == 500
     for grid in (8, 4):
         assert fidelity(fast_maps, reference["drop"], grid) >= fidelity(slow_maps, reference["drop"], grid)
