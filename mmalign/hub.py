@@ -154,7 +154,7 @@ def _download(identity: str, revision: str | None) -> Path:
     wanted = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin"]
     where = f"'{identity}'" + (f" at revision {revision}" if revision else "")
     try:
-        return Path(snapshot_download(identity, revision=revision, allow_patterns=wanted, **reach.hub_arguments()))
+        return Path(snapshot_download(identity, revision=revision, allow_patterns=wanted, local_files_only=reach.is_cache_only()))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise MmalignError(
             f"The checkpoint {where} is neither a folder here nor in the cache, and it cannot be downloaded: {reach.hub_fault(error)} "

@@ -1,7 +1,8 @@
 """Whether the model hub answers, asked once within seconds: a machine without a network then says so instead of trying on and on.
 
 huggingface_hub repeats a failed request for half a minute, and loading one scorer makes several requests. Whoever is about to look
-something up there passes `hub_arguments`, which restrict the look-up to the local cache while the hub is silent. Standard library only.
+something up there passes `local_files_only=is_cache_only(spec)`: while the hub is silent, only the local cache is asked. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ PATIENCE = 5.0  # seconds; HF_HUB_ETAG_TIMEOUT, which the hub's own library read
 MEMORY = 60.0  # seconds for which an answer holds, so that a server that outlives an outage finds the hub again
 
 
-def hub_arguments(spec: str = "") -> dict[str, bool]:
-    """Keyword arguments for a look-up of `spec`: {"local_files_only": True} while the hub is silent, none for a path that exists."""
-    return {"local_files_only": True} if not _is_here(spec) and hub_silence() else {}
+def is_cache_only(spec: str = "") -> bool:
+    """Whether a look-up of `spec` must do with the local cache: the hub is silent. A path that exists needs no hub, so it is not asked."""
+    return not _is_here(spec) and bool(hub_silence())
 
 
 def hub_silence() -> str:

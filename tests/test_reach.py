@@ -50,7 +50,7 @@ def test_any_answer_is_an_answer_and_one_is_enough(monkeypatch: pytest.MonkeyPat
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
         monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "60")  # a busy machine may take its time
-        assert reach.hub_silence() == "" and reach.hub_arguments("owner/name") == {}
+        assert reach.hub_silence() == "" and not reach.is_cache_only("owner/name")
         server.shutdown()
     assert len(asked) == 1
 
@@ -58,12 +58,12 @@ def test_any_answer_is_an_answer_and_one_is_enough(monkeypatch: pytest.MonkeyPat
 def test_silence_has_a_reason_and_limits_a_look_up_to_the_cache(monkeypatch: pytest.MonkeyPatch, mute: str, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_ENDPOINT", CLOSED)
     assert f"{CLOSED} cannot be reached" in reach.hub_silence() and "refused" in reach.hub_silence()
-    assert reach.hub_arguments("owner/name") == {"local_files_only": True}
-    assert reach.hub_arguments(str(tmp_path)) == {}, "a folder that is here needs no hub"
+    assert reach.is_cache_only("owner/name")
+    assert not reach.is_cache_only(str(tmp_path)), "a folder that is here needs no hub"
     assert reach.hub_fault(OSError("no config\nsecond line"), str(tmp_path)) == "no config."
     monkeypatch.setenv("HF_ENDPOINT", mute)
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.2")
-    assert f"{mute} " in reach.hub_silence() and reach.hub_arguments() == {"local_files_only": True}
+    assert f"{mute} " in reach.hub_silence() and reach.is_cache_only()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert reach.hub_silence() == "HF_HUB_OFFLINE is set"
 

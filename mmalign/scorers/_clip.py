@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mmalign.hub import CHECKPOINTS
-from mmalign.reach import hub_arguments
+from mmalign.reach import is_cache_only
 from mmalign.scorers import _weights
 from mmalign.scorers._preprocess import CropCentre, Preprocess, Triple
 from mmalign.scorers._whole import load_whole
@@ -177,7 +177,7 @@ def preprocess_of(spec: str, model: Any, option: str, rounding: Literal["even", 
 
     side = model.config.vision_config.image_size
     try:
-        processor = CLIPImageProcessorPil.from_pretrained(spec, **hub_arguments(spec))
+        processor = CLIPImageProcessorPil.from_pretrained(spec, local_files_only=is_cache_only(spec))
     except OSError:
         return CropCentre(side, rounding=rounding)
     size, crop = dict(processor.size), dict(processor.crop_size)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.reach import hub_arguments, hub_fault
+from mmalign.reach import hub_fault, is_cache_only
 from mmalign.scorers._weights import read_tensors
 from mmalign.types import MmalignError
 
@@ -25,7 +25,7 @@ def folder(spec: str, option: str, patterns: Sequence[str] = ("*.json", "*.safet
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(spec, allow_patterns=list(patterns), **hub_arguments()))
+        return Path(snapshot_download(spec, allow_patterns=list(patterns), local_files_only=is_cache_only()))
     except (OSError, ValueError) as error:  # what huggingface_hub raises when it is offline, refused or misspelt
         raise MmalignError(
             f"There is no folder '{spec}' ({option}), and the hub does not give it: {hub_fault(error)} "

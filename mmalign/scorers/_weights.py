@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.reach import hub_arguments, hub_fault
+from mmalign.reach import hub_fault, is_cache_only
 from mmalign.types import MmalignError, digest
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def tokenizer(spec: str, option: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(spec, **hub_arguments(spec))
+        return AutoTokenizer.from_pretrained(spec, local_files_only=is_cache_only(spec))
     except (OSError, ValueError, KeyError) as error:
         raise MmalignError(
             f"The tokenizer '{spec}' ({option}) cannot be loaded: {hub_fault(error, spec)} "
@@ -41,7 +41,7 @@ def official_file(spec: str, option: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repository, name, **hub_arguments()))
+        return Path(hf_hub_download(repository, name, local_files_only=is_cache_only()))
     except (OSError, ValueError) as error:  # what huggingface_hub raises when it is offline, refused or misspelt
         raise MmalignError(
             f"The file {name} of the hub repository {repository} ({option}) cannot be fetched: {hub_fault(error)} "

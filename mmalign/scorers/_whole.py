@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmalign.reach import hub_arguments, hub_fault
+from mmalign.reach import hub_fault, is_cache_only
 from mmalign.types import MmalignError
 
 
@@ -19,7 +19,7 @@ def load_whole(cls: Any, spec: str, device: str, dtype: str, option: str, may_la
 
     advice = f"Give a folder or a hub id with --set {option}=PATH; `hf download {spec}` on a machine that is online fills the cache."
     try:
-        model, info = cls.from_pretrained(spec, output_loading_info=True, **hub_arguments(spec))
+        model, info = cls.from_pretrained(spec, output_loading_info=True, local_files_only=is_cache_only(spec))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise MmalignError(f"The {cls.__name__} '{spec}' cannot be loaded: {hub_fault(error, spec)} {advice}") from error
     missing = [key for key in info["missing_keys"] if not any(part in key for part in may_lack)]

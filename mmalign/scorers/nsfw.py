@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mmalign.images import Filter
-from mmalign.reach import hub_arguments, hub_fault
+from mmalign.reach import hub_fault, is_cache_only
 from mmalign.scorers import _weights
 from mmalign.scorers._preprocess import Squash, Triple
 from mmalign.scorers._samples import Item, score_in_batches
@@ -53,7 +53,7 @@ def preprocess_of(spec: str) -> Squash:
     from transformers import ViTImageProcessorPil
 
     try:
-        processor = ViTImageProcessorPil.from_pretrained(spec, **hub_arguments(spec))
+        processor = ViTImageProcessorPil.from_pretrained(spec, local_files_only=is_cache_only(spec))
     except OSError as error:
         raise MmalignError(f"The classifier '{spec}' (nsfw.model) has no preprocessor_config.json: {hub_fault(error, spec)}") from error
     size, resample = dict(processor.size), int(processor.resample)

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import numpy as np
+
+from mmalign.scorers._rows import buckets
 from mmalign.scorers._samples import image_of
 from mmalign.testbed import oracle
 from mmalign.testbed.world import clauses_of, facts, strict
-from mmalign.types import Failure, Sample, Score, Value, digest
+from mmalign.types import Failure, Prompt, Sample, Score, Value, digest
 
 VERSION = 1
+TOGETHER = 256  # pictures read at once
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,25 @@ class ShapesScorer:
         return digest(self.name, VERSION, asdict(self.config))
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
-        return [self._one(sample) for sample in samples]
+        """One value or failure per sample, in order; pictures of one size are read together."""
+        images = [self._image(sample) for sample in samples]
+        scores: list[Score] = [image if isinstance(image, Failure) else Value(0.0) for image in images]
+        shown = [(at, image) for at, image in enumerate(images) if not isinstance(image, Failure)]
+        for group in buckets([image.shape for _, image in shown], TOGETHER):
+            readings = oracle.read(np.stack([shown[position][1] for position in group]))
+            for position, reading in zip(group, readings, strict=True):
+                at, image = shown[position]
+                scores[at] = self._judge(samples[at].request.prompt, image, reading)
+        return scores
 
-    def _one(self, sample: Sample) -> Score:
+    def _image(self, sample: Sample) -> np.ndarray | Failure:
         prompt = sample.request.prompt
         if "include" not in prompt.meta:
             return Failure("score", "missing", f"prompt {prompt.id!r} states no facts: its meta has no 'include' list of clauses")
-        image = image_of(sample)
-        if isinstance(image, Failure):
-            return image
+        return image_of(sample)
+
+    def _judge(self, prompt: Prompt, image: np.ndarray, reading: oracle.Reading) -> Value:
         clauses = clauses_of(prompt)
-        (reading,) = oracle.read(image[None])
         verdicts = facts(clauses, reading.scene)
         share = sum(verdicts.values()) / len(verdicts)
         is_strict = float(strict(clauses, reading.scene, reading.unclear))

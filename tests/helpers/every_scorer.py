@@ -200,7 +200,8 @@ def _rahf(cases: Cases, folder: Path) -> Case:
 
 
 def _remote(cases: Cases, folder: Path) -> Case:
-    return Case("remote", {"url": cases.serve("clipscore", model=_clip(folder)), "retries": 0}, has_weights=False)
+    """The served scorer takes one at a time: what a server joins depends on the moment, and with it a value's last bits."""
+    return Case("remote", {"url": cases.serve("clipscore", model=_clip(folder), batch_size=1), "retries": 0}, has_weights=False)
 
 
 def _safety(cases: Cases, folder: Path) -> Case:
