@@ -64,7 +64,7 @@ def test_help_is_one_page(say: Say) -> None:
 
 
 def test_ls_filters_by_kind_and_text(say: Say) -> None:
-    code, out, _ = say("ls", "suites", "red", *PLUGS)
+    code, out, _ = say("ls", "suites", "red things", *PLUGS)
     assert (code, out) == (0, "suite  red_things  ready  Red things: is what should be red red?\n")
     code, out, _ = say("ls", "--json", *PLUGS)
     listed = json.loads(out)

@@ -79,7 +79,7 @@ def test_pictures_are_those_of_diffusers_own_pipeline(model, folders, models):
     )  # fmt: skip
     assert np.abs(model.decode(ours).permute(0, 2, 3, 1).numpy() - whole).max() < 1e-5 and whole.std() > 0.05
     for picture, sample in zip(whole, model.generate(requests(3)), strict=True):
-        assert np.array_equal((picture * 255).round().astype(np.uint8), sample.image)
+        assert np.abs((picture * 255).round() - sample.image).max() <= 1  # 1e-5 may lie across a rounding edge
 
 
 def test_a_picture_depends_on_its_request_alone(model):

@@ -186,7 +186,7 @@ def test_a_lost_or_damaged_image_is_said_and_the_report_is_written(tmp_path: Pat
     first.unlink()
     second.write_bytes(second.read_bytes()[:60])
     cells = {item["cells"][0]["sha"]: item["cells"][0] for item in Page(gallery_page(write_report([directory]))).data["items"]}
-    assert cells[first.stem]["lost"] == "The image is no longer in the store."
+    assert cells[first.stem]["lost"] == "The image is no longer there."
     assert "cannot be read" in cells[second.stem]["lost"]
     assert sum("lost" in cell for cell in cells.values()) == 2
 

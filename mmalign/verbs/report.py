@@ -1,4 +1,4 @@
-"""Static HTML of runs, or of all results as a leaderboard; with --export, results in the formats of others."""
+"""Static HTML of one or more runs: tables, figures, galleries. Or of all results, as a leaderboard; or results in the formats of others."""
 
 from __future__ import annotations
 
