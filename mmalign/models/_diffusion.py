@@ -42,7 +42,7 @@ class Diffusion:
         from diffusers.models.attention_processor import Attention
 
         self.layout, self.net, self.tokens = layout, layout.net, tokens
-        attention = [module for module in self.net.modules() if isinstance(module, (Attention, AttentionModuleMixin))]
+        attention: list[nn.Module] = [module for module in self.net.modules() if isinstance(module, (Attention, AttentionModuleMixin))]
         self.trainable: dict[str, nn.Module] = {"denoiser": self.net, "attention": nn.ModuleList(attention)}
 
     @property
@@ -75,7 +75,8 @@ class Diffusion:
         """Draw one picture per prompt and record every step; row b depends on prompt b, its seed and the policy alone."""
         made = [self._run(prompts, lane, policy, seeds, size) for lane in self._lanes(self._check(prompts, policy, seeds))]
         path, predictions, log_prob = (torch.cat(parts) for parts in zip(*made, strict=True))
-        times = self.layout.times(len(policy.levels), tuple(path.shape[2:]))
+        channels, height, width = path.shape[2:]
+        times = self.layout.times(len(policy.levels), (channels, height, width))
         return Trajectory(
             "flow", path[:, 1:], log_prob, policy, tuple(seeds), states=path[:, :-1], times=times.to(path.device), predictions=predictions
         )

@@ -134,7 +134,7 @@ def reconstruct(vq, vectors_BND: torch.Tensor) -> torch.Tensor:
 @cache
 def _code_of_patch() -> dict[bytes, int]:
     """The number of every patch that the world can show, by its pixels; the empty one's is 0."""
-    pictures = render([(), *([Thing(1, 1, *kind)] for kind in product(SHAPES, COLORS, SIZES))])
+    pictures = render([(), *((Thing(1, 1, *kind),) for kind in product(SHAPES, COLORS, SIZES))])
     return {patch: number for number, patch in enumerate(dict.fromkeys(_patches(pictures)))}
 
 
