@@ -42,7 +42,8 @@ class Diffusion:
         from diffusers.models.attention_processor import Attention
 
         self.layout, self.net, self.tokens = layout, layout.net, tokens
-        attention: list[nn.Module] = [module for module in self.net.modules() if isinstance(module, (Attention, AttentionModuleMixin))]
+        every: Iterator[nn.Module] = self.net.modules()
+        attention = [module for module in every if isinstance(module, (Attention, AttentionModuleMixin))]
         self.trainable: dict[str, nn.Module] = {"denoiser": self.net, "attention": nn.ModuleList(attention)}
 
     @property
