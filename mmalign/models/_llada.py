@@ -79,8 +79,8 @@ def read_llada(path: Path, config: Mapping[str, Any], dtype: str) -> Any:
             max_position_embeddings=config["max_sequence_length"],
             rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
             tie_word_embeddings=bool(config.get("weight_tying")),
-            attn_implementation="sdpa",
         )
+        settings._attn_implementation = "sdpa"
     except KeyError as error:
         raise MmalignError(f"The checkpoint {path} lacks {error}, which every LLaDA has. Download the whole folder again.") from error
     with torch.device("meta"):

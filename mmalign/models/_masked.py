@@ -181,7 +181,7 @@ class MaskedImages:
         """The prompts with rows of one width (the longest of both branches, if None): cut where all is padding, or padded."""
         if width is None:
             width = int(torch.maximum(prompts.mask.sum(-1), prompts.uncond_mask.sum(-1)).max())
-        sized = {}
+        sized: dict[str, Any] = {}
         for item in fields(prompts):
             if item.name.endswith(("ids", "mask")):
                 tensor = getattr(prompts, item.name)

@@ -74,7 +74,7 @@ class Serving:
         return {}
 
     def _settings(self, request: Request) -> Any:
-        chosen = config.build(self.sampling_type, {**self.settings, **request.settings}, f"settings of {request.id}")
+        chosen: Any = config.build(self.sampling_type, {**self.settings, **request.settings}, f"settings of {request.id}")
         if chosen.task not in self.tasks:
             known = " and ".join(self.tasks)
             raise UsageError(f"{self.family} has no task '{chosen.task}'; there are {known}. Correct sampling.task.")

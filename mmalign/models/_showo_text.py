@@ -46,8 +46,8 @@ def token_layout(config: Mapping[str, Any], folder: Path) -> TokenLayout:
             f"are {expected}, its config.json says {whole}. The folder mixes two checkpoints."
         )
     id_of = {token: text + index for index, token in enumerate(SPECIAL)}
-    special = (id_of[token] for token in ("[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>", "<|mmu|>"))
-    return TokenLayout(*special, offset=text + len(SPECIAL), mask=whole - 1)
+    pad, soi, eoi, t2i, mmu = (id_of[token] for token in ("[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>", "<|mmu|>"))
+    return TokenLayout(pad, soi, eoi, t2i, mmu, offset=text + len(SPECIAL), mask=whole - 1)
 
 
 class ShowoText:

@@ -22,6 +22,8 @@ TABLES = ("quantize.embedding", "quantize.power_vals")  # the quantiser's bits w
 class Magvit(nn.Module):
     """Encoder and decoder with the sign quantiser between them. `bits` is log2 of the number of codes, `scale` pixels per code."""
 
+    powers: Tensor
+
     def __init__(self, encoder: nn.Module, decoder: nn.Module, bits: int, scale: int) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
@@ -54,12 +56,13 @@ def read_magvit(folder: Path) -> Magvit:
     }
     try:
         with torch.device("meta"):
-            shell = nn.ModuleDict({"encoder": encoder_for(parts["encoder"]), "decoder": decoder_for(parts["decoder"])})
+            encoder, decoder = encoder_for(parts["encoder"]), decoder_for(parts["decoder"])
     except (KeyError, IndexError) as error:
         raise MmalignError(f"{folder} is no MAGVIT-v2 tokenizer: it lacks {error}. Give the folder of showlab/magvitv2.") from error
+    shell = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
     expected = set(shell.state_dict())
     check_names(expected - set(tensors), set(tensors) - expected - set(TABLES), folder)
     check_shapes(tensors, shell, folder)
     shell.load_state_dict({name: tensors[name].float() for name in expected}, assign=True)
-    bits, scale = len(tensors["encoder.conv_out.weight"]), 2 ** (len(shell["encoder"].down) - 1)
-    return Magvit(shell["encoder"], shell["decoder"], bits, scale).eval().requires_grad_(False)
+    bits, scale = len(tensors["encoder.conv_out.weight"]), 2 ** (len(encoder.down) - 1)
+    return Magvit(encoder, decoder, bits, scale).eval().requires_grad_(False)
