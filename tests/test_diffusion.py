@@ -14,16 +14,10 @@ from mmalign.models.layers.noise import normals, streams
 from mmalign.trajectory import Policy
 from mmalign.types import Failure, MmalignError, Prompt, Request, UsageError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = ["a red circle", "two small blue squares above a star", "x"]
 SIZE = (16, 16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -23,15 +23,9 @@ from mmalign.models import diffusion as family
 from mmalign.trajectory import Policy, Trajectory
 from mmalign.types import Prompt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PLUG = Path(__file__).parent / "helpers" / "redness.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from mmalign.testbed.tiny import make_janus, make_original_janus
 from mmalign.trajectory import Policy
 from mmalign.types import Failure, MmalignError, Prompt, Request, UsageError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [
     "a red circle",
     "two small blue squares to the left of a large green triangle, and a yellow star above them",
@@ -18,14 +20,6 @@ TEXTS = [
     "a photo of a red circle and two small blue squares above the table next to the bench",
 ]
 QUESTIONS = ["what colour is the circle?", "how many", "describe the image in detail: what is above the star and what is below it?"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

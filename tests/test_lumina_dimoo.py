@@ -15,13 +15,7 @@ from mmalign.models import lumina_dimoo as family
 from mmalign.trajectory import Policy
 from mmalign.types import Failure, MmalignError, UsageError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

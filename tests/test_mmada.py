@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from helpers import masked_contract as contract
 from helpers.masked_contract import picture, request
 from helpers.masked_text_contract import TEXT_CONTRACT
@@ -14,13 +13,7 @@ from mmalign import hub
 from mmalign.models import mmada as family
 from mmalign.types import MmalignError, UsageError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

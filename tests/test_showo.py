@@ -14,13 +14,7 @@ from mmalign import hub
 from mmalign.models import showo as family
 from mmalign.types import Failure, MmalignError, UsageError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
