@@ -85,7 +85,7 @@ class Loop:
         if config.lora_rank:
             _add_lora(model, config)
         if config.gradient_checkpointing:
-            model.net.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpoint_activations(model.net)
         self.sharded = distributed.shard(model.shard_units())
         self.parameters = {name: parameter for name, parameter in model.net.named_parameters() if parameter.requires_grad}
         self._base = {} if config.lora_rank else {name: value.detach().clone() for name, value in self.parameters.items()}
@@ -334,6 +334,14 @@ def _choose_parts(model: Any, parts: Sequence[str]) -> None:
     model.net.requires_grad_(False)
     for part in parts:
         model.trainable[part].requires_grad_(True)
+
+
+def _checkpoint_activations(net: Any) -> None:
+    """Compute activations again in the backward pass; diffusers and transformers name the switch differently."""
+    if hasattr(net, "enable_gradient_checkpointing"):
+        net.enable_gradient_checkpointing()
+    else:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _add_lora(model: Any, config: LoopConfig) -> None:

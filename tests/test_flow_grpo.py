@@ -265,6 +265,16 @@ def test_other_choices_run(more, checkpoint, prompts, tmp_path):
     assert line["grad_norm"] > 0 and line["flat_groups"] == 0
 
 
+def test_activations_computed_again_give_the_same_update(checkpoint, prompts, tmp_path):
+    runs = {name: tmp_path / name for name in ("kept", "again")}
+    for name, more in (("kept", ()), ("again", ("--gradient-checkpointing", "true"))):
+        assert cli.main(words(checkpoint, prompts, runs[name], *more, steps=1)) == 0
+    kept, again = weights(runs["kept"]), weights(runs["again"])
+    assert max(float((kept[name] - again[name]).abs().max()) for name in kept) < 1e-6
+    before = family.load(checkpoint).net.state_dict()
+    assert any(not torch.equal(before[name], value) for name, value in again.items())
+
+
 def test_models_that_predict_noise_take_their_steps_by_ddim(prompts, tmp_path):
     checkpoint = make_sd15(tmp_path / "sd15", seed=1)
     assert cli.main(words(checkpoint, prompts, tmp_path / "run", "--credit", "gain", "--parts", "[denoiser]", steps=1)) == 0
