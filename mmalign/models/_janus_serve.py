@@ -73,12 +73,6 @@ class JanusModel(Serving, Janus):
             for file in self.path.glob(pattern):
                 shutil.copy2(file, folder / file.name)
 
-    def _settings(self, request: Request) -> Any:
-        chosen = super()._settings(request)
-        if chosen.instruction and "{prompt}" not in chosen.instruction:
-            raise UsageError(f"sampling.instruction must say where the prompt goes: '{chosen.instruction}' holds no {{prompt}}.")
-        return chosen
-
 
 def open_model(path: Path, sampling: Any, device: str, dtype: str) -> JanusModel:
     """Read a folder of either layout; MmalignError says which file, parameter or size is wrong."""

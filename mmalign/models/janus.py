@@ -36,6 +36,10 @@ class Sampling:
     reasoning_temperature: float = 1.0
     reasoning_tokens: int = 256
 
+    def __post_init__(self) -> None:
+        if self.instruction and "{prompt}" not in self.instruction:
+            raise ValueError(f"instruction must say where the prompt goes: '{self.instruction}' holds no {{prompt}}")
+
 
 def recognises(path: Path) -> bool:
     """Whether the folder's config.json is a Janus of either layout."""
