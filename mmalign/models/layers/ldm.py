@@ -68,15 +68,18 @@ class Double(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then the way to the next one."""
+    """The residual blocks of one resolution, with or without attention after each, then the way to the next one."""
 
-    def __init__(self, n_in: int, n_out: int, blocks: int) -> None:
+    def __init__(self, n_in: int, n_out: int, blocks: int, attends: bool = False) -> None:
         super().__init__()
         self.block = nn.ModuleList(Residual(n_in if index == 0 else n_out, n_out) for index in range(blocks))
+        self.attn = nn.ModuleList(Attention(n_out) for _ in range(blocks if attends else 0))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        for block in self.block:
+        for index, block in enumerate(self.block):
             x_BCHW = block(x_BCHW)
+            if len(self.attn):
+                x_BCHW = self.attn[index](x_BCHW)
         for name in ("downsample", "upsample"):
             if hasattr(self, name):
                 x_BCHW = getattr(self, name)(x_BCHW)
@@ -95,13 +98,14 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels in [-1, 1] to features, `2 ** (levels - 1)` times smaller. `widths` and `blocks` are those of the levels, finest first."""
+    """Pixels in [-1, 1] to features, `2 ** (levels - 1)` times smaller. `widths` and `blocks` are those of the levels, finest first;
+    `attends` says which levels have attention (none, if empty)."""
 
-    def __init__(self, first: int, widths: Sequence[int], blocks: Sequence[int], features: int) -> None:
+    def __init__(self, first: int, widths: Sequence[int], blocks: Sequence[int], features: int, attends: Sequence[bool] = ()) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, first, 3, padding=1)
         inputs = [first, *widths[:-1]]
-        self.down = nn.ModuleList(Level(*sizes) for sizes in zip(inputs, widths, blocks, strict=True))
+        self.down = nn.ModuleList(Level(*sizes) for sizes in zip(inputs, widths, blocks, attends or [False] * len(widths), strict=True))
         for level, width in zip(self.down[:-1], widths, strict=False):
             level.downsample = Halve(width)
         self.mid = Middle(widths[-1])
@@ -139,7 +143,8 @@ class Decoder(nn.Module):
 def encoder_for(tensors: Mapping[str, Tensor]) -> Encoder:
     """An encoder, without weights, of the sizes of its tensors; KeyError names a tensor that is needed to size it."""
     widths, blocks = _levels(tensors, "down")
-    return Encoder(len(tensors["conv_in.weight"]), widths, blocks, len(tensors["conv_out.weight"]))
+    attends = [f"down.{level}.attn.0.q.weight" in tensors for level in range(len(widths))]
+    return Encoder(len(tensors["conv_in.weight"]), widths, blocks, len(tensors["conv_out.weight"]), attends)
 
 
 def decoder_for(tensors: Mapping[str, Tensor]) -> Decoder:
