@@ -1,4 +1,4 @@
-"""The further folders that a checkpoint needs: named with --model-extra, or lying inside the checkpoint under the same name.
+"""The further folders and files that a checkpoint needs: named with --model-extra, or lying inside the checkpoint under the same name.
 
 Standard library only: families read configs with it before anything heavy is imported.
 """
@@ -27,9 +27,7 @@ def extra_folders(path: Path, extra: Mapping[str, Path], needed: Mapping[str, st
 
     UsageError when a part is missing, its folder does not exist, or a part is given that the family does not know.
     """
-    unknown = sorted(set(extra) - set(needed))
-    if unknown:
-        raise UsageError(f"--model-extra {unknown[0]}=...: this family takes {_listed(needed)}. Correct the name.")
+    check_extras(extra, needed)
     found = {}
     for name, what in needed.items():
         folder = Path(extra[name]).expanduser() if name in extra else path / name
@@ -37,6 +35,23 @@ def extra_folders(path: Path, extra: Mapping[str, Path], needed: Mapping[str, st
             reason = f"--model-extra names {folder}, which is no folder" if name in extra else f"{folder} does not exist"
             raise UsageError(f"The checkpoint {path} needs '{name}', {what}; {reason}. Give it with --model-extra {name}=FOLDER.")
         found[name] = folder
+    return found
+
+
+def check_extras(extra: Mapping[str, Path], known: Mapping[str, str]) -> None:
+    """UsageError when a part is given that the family does not know; `known` says what each part is."""
+    unknown = sorted(set(extra) - set(known))
+    if unknown:
+        raise UsageError(f"--model-extra {unknown[0]}=...: this family takes {_listed(known)}. Correct the name.")
+
+
+def extra_file(path: Path, extra: Mapping[str, Path], name: str, file: str, what: str) -> Path:
+    """A needed file: as given (itself, or the folder that holds it under its own name), else inside the checkpoint; UsageError if none."""
+    given = Path(extra[name]).expanduser() if name in extra else path / file
+    found = given / file if given.is_dir() else given
+    if not found.is_file():
+        reason = f"--model-extra names {given}, where it is not" if name in extra else f"{found} does not exist"
+        raise UsageError(f"The checkpoint {path} needs '{name}', {what}; {reason}. Give it with --model-extra {name}=FILE.")
     return found
 
 

@@ -14,6 +14,7 @@ from mmalign.types import MmalignError
 
 SHOWN = 5
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
+WRAPPERS = ("model", "state_dict")  # under which training scripts put the tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -42,8 +43,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint by its stored name, on the CPU in its stored precision."""
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        tensors.update(_read_safetensors(file) if file.suffix == ".safetensors" else _read_pytorch(file))
+        tensors.update(read_file(file))
     return tensors
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """Every tensor of one weight file, on the CPU in its stored precision; in PyTorch's files also below `model` or `state_dict`."""
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pytorch(file)
 
 
 def check_names(missing: Iterable[str], unexpected: Iterable[str], where: object) -> None:
@@ -93,6 +99,8 @@ def _read_pytorch(file: Path) -> dict[str, Tensor]:
             f"The weight file {file} is damaged, or holds more than tensors, which is refused because such a file can run code: {first} "
             "Download it again, or convert it to safetensors where you trust it."
         ) from error
+    if isinstance(content, dict):
+        content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise MmalignError(f"The weight file {file} is not a mapping of names to tensors. Give the folder of a whole checkpoint.")
     return content
