@@ -49,7 +49,7 @@ def test_every_picture_keeps_its_own_prompt_and_chunks_change_nothing() -> None:
 
 def test_slopes_are_the_derivative_of_presence() -> None:
     game = BlurGame(Curved(additive()), pictures().double(), PROMPTS, (4, 4))
-    slopes = game.slopes(0.5)
+    slopes = game.slopes(torch.full((4, 4), 0.5))
     step = 1e-4
     for cell in ((0, 0), (2, 3)):
         nudge = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_slopes_are_the_derivative_of_presence() -> None:
 
 
 def test_a_scorer_without_gradients_has_no_slopes() -> None:
-    assert BlurGame(BlackBox(BrightScorer()), pictures(), PROMPTS, (4, 4)).slopes(0.5) is None
+    assert BlurGame(BlackBox(BrightScorer()), pictures(), PROMPTS, (4, 4)).slopes(torch.full((4, 4), 0.5)) is None
 
 
 def test_dropping_nothing_is_the_scorers_own_score(clip) -> None:
@@ -92,7 +92,7 @@ def test_gates_join_dropping_at_zero_and_one(clip) -> None:
 
 def test_the_slope_of_a_gate_is_its_derivative(clip) -> None:
     pixels = pictures(1, size=32)
-    slopes = DropGame(clip, pixels, PROMPTS[:1]).slopes(0.5).flatten()
+    slopes = DropGame(clip, pixels, PROMPTS[:1]).slopes(torch.full((4, 4), 0.5)).flatten()
     gates = torch.full((1, 16), 0.5)
     up, down = gates.clone(), gates.clone()
     up[0, 5], down[0, 5] = 0.6, 0.4

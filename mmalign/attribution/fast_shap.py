@@ -8,6 +8,9 @@ Nothing adapts to an answer, so that one batch serves a whole group of pictures.
 
 The term g g^T is what brings most: without it slopes can only say where credit lives. Numbers are in docs/attribution.md.
 
+With `probes`, g is the mean slope under masks of the bank and their complements: a sample of the marginal contributions whose mean the
+Shapley value is, one gradient for all cells where a pair of evaluations speaks of their sum alone. Without pairs it is the credit itself.
+
 Legend: B pictures, E equations (pairs and the total), h w cells, N = h * w players, F columns of a factor of the prior.
 """
 
@@ -20,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmalign.attribution.game import Game, values
+from mmalign.attribution.game import Game, ends, values
+from mmalign.types import UsageError
 
 BLOBS = (3, 4, 6, 8)  # sides of the noise from which smooth masks are grown
 SIZES = (0.25, 0.75)  # masks take a uniformly drawn share of the cells between these; emptier ones say little of single cells
@@ -29,11 +33,13 @@ NOISE = (1e-6, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # candidates, as a share of t
 
 @dataclass(frozen=True)
 class FastShap:
-    """`pairs` of masks; `steps` of the gradient path (0: no gradients, every cell alike); `follow`: t above, in units of the mean size of
-    the slopes; `length` of the kernel as a share of the grid's side; `floor` of S as a share of its mean."""
+    """`pairs` of masks; `steps` of the gradient path (0: no gradients, every cell alike), or, instead of the path, slopes under this many
+    `probes` and their complements; `follow`: t above, in units of the mean size of the slopes; `length` of the kernel as a share of the
+    grid's side; `floor` of S as a share of its mean."""
 
     pairs: int = 32
     steps: int = 8
+    probes: int = 0
     follow: float = 1.0
     length: float = 2.5 / 24
     nugget: float = 0.02
@@ -41,8 +47,10 @@ class FastShap:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.pairs < 1 or self.steps < 0 or self.follow < 0 or self.length <= 0 or self.nugget <= 0 or not 0 < self.floor <= 1:
-            raise ValueError("pairs is at least 1, steps and follow at least 0, length and nugget above 0, floor in (0, 1]")
+        if self.pairs < 0 or self.steps < 0 or self.follow < 0 or self.length <= 0 or self.nugget <= 0 or not 0 < self.floor <= 1:
+            raise ValueError("pairs, steps and follow are at least 0, length and nugget above 0, floor in (0, 1]")
+        if self.probes < 0 or not (self.pairs or self.probes):
+            raise ValueError("probes are at least 0, and 1 where there are no pairs")
 
 
 VARIANTS = {"A": FastShap(pairs=64, steps=1), "B": FastShap(pairs=64)}
@@ -50,12 +58,18 @@ VARIANTS = {"A": FastShap(pairs=64, steps=1), "B": FastShap(pairs=64)}
 
 def fast_shap(game: Game, config: FastShap = FastShap()) -> Tensor:
     """Credit [B, h, w], float64; its sum over a picture is v(whole) - v(empty)."""
+    if not config.pairs:
+        full, empty = ends(game)
+        slope = _probed(game, config)
+        if slope is None:
+            raise UsageError("fast_shap without pairs needs a scorer with gradients; set fast_shap.pairs to 32 for this one.")
+        return completed(slope.flatten(1), full - empty).unflatten(1, game.grid)
     bank = mask_bank(game.grid, config.pairs, config.seed).to(game.device)
     whole = torch.ones(1, *game.grid, dtype=torch.bool, device=game.device)
     found = values(game, torch.cat([bank, ~bank, whole, ~whole]))
     pairs = config.pairs
     answers = torch.cat([found[:, :pairs] - found[:, pairs : 2 * pairs], found[:, -2:-1] - found[:, -1:]], dim=1)
-    path = _path(game, config.steps)
+    path = _probed(game, config) if config.probes else _path(game, config.steps)
     rows = torch.cat([bank.flatten(1).double() * 2 - 1, torch.ones(1, bank[0].numel(), device=game.device, dtype=torch.float64)])
     credit = regress(rows, answers, prior_factor(game.grid, path, config).to(game.device))
     return credit.unflatten(1, game.grid)
@@ -81,13 +95,18 @@ def mask_bank(grid: tuple[int, int], pairs: int, seed: int) -> Tensor:
 
 def _path(game: Game, steps: int) -> Tensor | None:
     """Mean slope [B, h, w] at the midpoints of `steps` equal steps from empty to whole; None without gradients."""
-    found = []
-    for step in range(steps):
-        slopes = game.slopes((step + 0.5) / steps)
-        if slopes is None:
-            return None
-        found.append(slopes)
+    return _mean([game.slopes(torch.full(game.grid, (step + 0.5) / steps)) for step in range(steps)])
+
+
+def _mean(slopes: list[Tensor | None]) -> Tensor | None:
+    found = [slope for slope in slopes if slope is not None]
     return torch.stack(found).mean(0) if found else None
+
+
+def _probed(game: Game, config: FastShap) -> Tensor | None:
+    """Mean slope [B, h, w] under the first masks of the bank and their complements; None without gradients."""
+    bank = mask_bank(game.grid, config.probes, config.seed)
+    return _mean([game.slopes(mask.double()) for mask in torch.cat([bank, ~bank])])
 
 
 @lru_cache(maxsize=8)
@@ -131,8 +150,12 @@ def regress(rows_EN: Tensor, answers_BE: Tensor, factor_BNF: Tensor) -> Tensor:
         best_error = torch.where(better, error, best_error)
         best = torch.where(better[:, None], weights, best)
     credit = (factor_BNF @ (spread.mT @ best[:, :, None]))[:, :, 0]
-    short = answers_BE[:, -1] - credit.sum(1)  # rounding of the solve, spread evenly
-    return credit + short[:, None] / credit.shape[1]
+    return completed(credit, answers_BE[:, -1])
+
+
+def completed(credit_BN: Tensor, total_B: Tensor) -> Tensor:
+    """Credit whose sum is the total: what is missing (of a solve, its rounding) is spread evenly."""
+    return credit_BN + ((total_B - credit_BN.sum(1)) / credit_BN.shape[1])[:, None]
 
 
 def left_out(inverse_BEE: Tensor, weights_BE: Tensor) -> Tensor:

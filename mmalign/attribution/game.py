@@ -20,6 +20,7 @@ from mmalign.attribution.protocol import GatedScorer, PixelScorer
 from mmalign.types import MmalignError, UsageError
 
 Masking = Literal["blur", "drop"]
+FAINT = 0.1  # the gate of an absent patch where slopes are wanted: nearer to 0 they tell its first trace, not the patch
 DROP_CHUNK = 64  # rows of unlike sizes pad each other, and small chunks of sorted rows pad less
 
 
@@ -38,8 +39,9 @@ class Game(Protocol):
         """Values [R], float64: picture index_R[r] with the cells of masks_RCHW[r] (bool) present."""
         ...
 
-    def slopes(self, level: float) -> Tensor | None:
-        """d value / d presence of every cell when all are present to `level`, [B, h, w] float64; None without gradients."""
+    def slopes(self, presence_HW: Tensor) -> Tensor | None:
+        """d value / d presence of every cell where the cells of every picture are present to presence_HW, between 0 and 1: [B, h, w],
+        float64; None without gradients."""
         ...
 
     def part(self, chosen: Tensor) -> Game:
@@ -120,10 +122,10 @@ class BlurGame:
         part.prompts, part.evaluations = [self.prompts[i] for i in chosen.tolist()], 0.0
         return part
 
-    def slopes(self, level: float) -> Tensor | None:
+    def slopes(self, presence_HW: Tensor) -> Tensor | None:
         parts = []
         for part in _chunks(self.count, self.chunk):
-            presence = torch.full((part.stop - part.start, 1, *self.grid), level, device=self.device, requires_grad=True)
+            presence = presence_HW.to(self.pixels).repeat(part.stop - part.start, 1, 1, 1).requires_grad_()
             absent = self.absent[part]
             shown = absent + enlarge(presence, self.height, self.width) * (self.pixels[part] - absent)
             with torch.enable_grad():
@@ -167,15 +169,18 @@ class DropGame:
         part.prompts, part.evaluations = [self.prompts[i] for i in chosen.tolist()], 0.0
         return part
 
-    def slopes(self, level: float) -> Tensor | None:
-        gates = torch.full((self.count, self.grid[0] * self.grid[1]), level, device=self.device, requires_grad=True)
-        with torch.enable_grad():
-            scores = self.scorer.score_patches(self.pixels, self.prompts, gates, torch.arange(self.count, device=self.device))
-        if not scores.requires_grad:
-            return None
+    def slopes(self, presence_HW: Tensor) -> Tensor | None:
+        parts = []
+        for part in _chunks(self.count, self.chunk):
+            number = part.stop - part.start
+            gates = presence_HW.float().clamp(min=FAINT).flatten().to(self.device).repeat(number, 1).requires_grad_()
+            with torch.enable_grad():
+                scores = self.scorer.score_patches(self.pixels[part], self.prompts[part], gates, torch.arange(number, device=self.device))
+            if not scores.requires_grad:
+                return None
+            parts.append(torch.autograd.grad(scores.sum(), gates)[0].reshape(number, *self.grid).double())
         self.evaluations += 3
-        found = torch.autograd.grad(scores.sum(), gates)[0].reshape(self.count, *self.grid)
-        return _finite(found.double(), self.device)
+        return _finite(torch.cat(parts), self.device)
 
 
 def _chunks(total: int, size: int) -> Iterator[slice]:
