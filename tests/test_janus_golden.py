@@ -91,5 +91,5 @@ def test_golden_image_head_and_code_embedding(janus, fixture):
     close(janus.net.prepare_embeddings_for_image_generation(codes), fixture["ge"])
     close(janus.net.model.generation_head(fixture["hs"]), fixture["gh"])
     writer = CodeWriter(janus, len(fixture["hs"]), is_guided=False)
-    close(writer._logits(fixture["hs"]), fixture["gh"])
-    close(writer._embed(codes[:, 0]), fixture["ge"][:, 0])
+    close(writer.logits(fixture["hs"]), fixture["gh"])
+    close(writer.embed(codes[:, 0]), fixture["ge"][:, 0])

@@ -124,19 +124,6 @@ class ChatFormat:
         """
         return torch.where((ids == self.bos) | (ids == self.boi), ids, self.pad)
 
-    def pad_left(self, rows: Sequence[Sequence[int]], width: int | None = None) -> tuple[Tensor, Tensor]:
-        """ids [B, L] and mask [B, L] (True = real) with padding before the text; L is the longest row, or `width`."""
-        width = max(map(len, rows)) if width is None else width
-        ids = torch.tensor([[self.pad] * (width - len(row)) + list(row) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows])
-        return ids, torch.arange(width) >= width - lengths[:, None]
-
-    def pad_right(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """ids [B, L] and mask [B, L] (True = real) with padding after the text."""
-        width = max(map(len, rows))
-        ids = torch.tensor([list(row) + [self.pad] * (width - len(row)) for row in rows])
-        return ids, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
-
     def _turn(self, text: str, pictured: bool) -> str:
         # A user's text must not smuggle in the tokens that frame pictures: a stray one would shift every feature by a slot.
         for token in (self.image, self.boi, self.eoi):
