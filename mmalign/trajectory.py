@@ -137,3 +137,39 @@ class Embedding:
     mask: Tensor
     is_text: Tensor
     is_image: Tensor
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """One text before the transformer: features [L, E] of its tokens without special ones, and each token as text."""
+
+    features: Tensor
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What a supervised step shows and asks. What is None is the family's own: tokens hidden at random, all of them scored, no hints.
+
+    Hints are features as `image_features` gives them, put before the text. A family that hides no tokens takes hints alone.
+    """
+
+    hidden: Tensor | None = None  # bool [B, N] image tokens that are hidden
+    scored: Tensor | None = None  # bool [B, N] those of the hidden ones that the loss counts
+    hints: Tensor | None = None  # [B, K, E]
+    hinted: Tensor | None = None  # bool [B], which samples get their hints; None: all
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """A family's training loss token by token: [B, N] with gradients, 0 where not scored; which are scored; whether the most probable
+    code of each scored one is the right one (None where there are no codes)."""
+
+    loss: Tensor
+    scored: Tensor
+    right: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """[B] the loss of each sample."""
+        return self.loss.sum(1) / self.scored.sum(1)

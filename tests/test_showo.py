@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers import masked_contract as contract
 from helpers.masked_contract import QUESTIONS, TEXTS, picture, request
-from helpers.tiny_masked import make_showo
+from helpers.tiny_masked import make_mmada, make_showo
 
 from mmalign import hub
 from mmalign.models import showo as family
+from mmalign.trajectory import Supervision
 from mmalign.types import Failure, MmalignError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,6 +145,86 @@ def test_images_answers_and_refusals_in_one_call(model):
     )
     assert results[0].image.shape == (16, 16, 3) and results[1].answer is not None and set(results[1].extra) == {"tokens", "is_whole"}
     assert all(isinstance(result, Failure) for result in results[2:]) and "16 x 16" in results[2].message
+
+
+# Visual hints and supervision that is given
+
+
+def supervised(model, texts, given=None, blank=None):
+    pixels = model.fit([picture(number) for number in range(len(texts))])
+    return model.token_losses(model.encode_prompts(texts), pixels, list(range(1, len(texts) + 1)), blank, given)
+
+
+def hints_of(model, number, kept=5):
+    return model.image_features(model.fit([picture(seed) for seed in range(number)]))[:, :kept]
+
+
+def test_the_loss_counts_the_given_tokens_and_hides_the_given_ones(model):
+    hidden = torch.arange(16).expand(2, -1) < 9
+    scored = torch.arange(16).expand(2, -1) < 3
+    whole = supervised(model, TEXTS[:2], Supervision(hidden=hidden))
+    part = supervised(model, TEXTS[:2], Supervision(hidden=hidden, scored=scored))
+    assert torch.equal(whole.scored, hidden) and torch.equal(part.scored, scored)
+    assert torch.allclose(part.loss, whole.loss * scored, atol=1e-5) and (whole.loss[~hidden] == 0).all()
+    assert torch.allclose(part.mean, whole.loss[:, :3].mean(1), atol=1e-5)
+    own = supervised(model, TEXTS[:2])
+    assert own.scored.sum(1).tolist() == model.hidden_number([1, 2]).tolist()
+    assert not (whole.right & ~hidden).any()
+
+
+def test_hints_reach_the_image_and_samples_with_hints_are_alone_what_they_are_in_company(model):
+    hints = hints_of(model, 3)
+    plain, hinted = supervised(model, TEXTS[:3]), supervised(model, TEXTS[:3], Supervision(hints=hints))
+    assert ((plain.mean - hinted.mean).abs() > 1e-4).all()
+    pixels = model.fit([picture(1)])
+    alone = model.token_losses(model.encode_prompts(TEXTS[1:2]), pixels, [2], given=Supervision(hints=hints[1:2]))
+    assert torch.allclose(alone.loss[0], hinted.loss[1], atol=1e-5)
+    some = supervised(model, TEXTS[:3], Supervision(hints=hints, hinted=torch.tensor([True, False, True])))
+    assert torch.allclose(some.loss[1], plain.loss[1], atol=1e-5) and torch.allclose(some.loss[0], hinted.loss[0], atol=1e-5)
+
+
+def test_hints_see_themselves_alone_text_sees_them_and_what_is_before_it_and_the_image_sees_everything(model):
+    """The layout of SeGroS's figure 6, read off by changing one input after the other."""
+    prompts = model.to_width(model.encode_prompts([TEXTS[3], TEXTS[0]]))
+    seen = {}
+
+    def remember(module, arguments, named):
+        seen.update(named)
+
+    handle = model.trunk.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        model._hidden_after(Supervision(hints=hints_of(model, 2)), prompts.ids, prompts.mask)
+    finally:
+        handle.remove()
+    mask = seen["attention_mask"][:, 0]
+    n_hints, length = 5 + 3, prompts.ids.shape[1]
+    first_image = length - 18
+    for row in range(2):
+        real = torch.cat([torch.ones(n_hints, dtype=torch.bool), prompts.mask[row]])
+        index = torch.arange(n_hints + length)
+        is_image = index >= n_hints + first_image
+        expected = (index[None] < n_hints) | (index[None] <= index[:, None]) | is_image[:, None]
+        expected[:n_hints] = index < n_hints
+        assert torch.equal(mask[row][real], (expected & real[None])[real])
+    position = seen["position_ids"]
+    assert (position.diff() > 0).all() and position[0, 0] == 0 and position[0, -1] == 8 + 129 + 17
+
+
+def test_families_without_a_place_for_hints_say_so(tmp_path):
+    from mmalign.models import mmada
+
+    other = mmada.load(make_mmada(tmp_path / "mmada"))
+    with pytest.raises(UsageError, match="no place for visual hints"):
+        supervised(other, TEXTS[:1], Supervision(hints=torch.zeros(1, 2, 48)))
+
+
+def test_a_texts_tokens_are_those_of_its_row_without_special_ones(model):
+    short, empty, long = model.text_features(["a red circle", "", "circle " * 200])
+    assert "".join(short.words) == "a red circle" and short.features.shape == (len(short.words), 48)
+    assert empty.features.shape == (0, 48) and len(long.words) == 126
+    embed = model.net.get_input_embeddings()
+    row = torch.tensor(model.text.drawing("circle " * 200, 0))
+    assert torch.equal(long.features, embed(row[2:128]))
 
 
 # The checkpoint

@@ -18,9 +18,9 @@ from torch import Tensor
 from mmalign.models.layers import masked
 from mmalign.models.layers.lanes import ROWS, lanes, padded_lengths
 from mmalign.models.layers.linear import head_slice
-from mmalign.models.layers.masked import HIDDEN, LogitsAt, Streams, first_slots, make_plan, random_masks
+from mmalign.models.layers.masked import HIDDEN, LogitsAt, Streams, first_slots, make_plan, random_masks, random_number
 from mmalign.models.layers.noise import uniforms
-from mmalign.trajectory import WHICH, Policy, Prompts, Trajectory, Which
+from mmalign.trajectory import WHICH, Policy, Prompts, Supervision, TokenLosses, Trajectory, Which
 from mmalign.types import UsageError
 
 Pictures = Tensor | Sequence[Any] | None  # [B, 3, H, W] in [0, 1], or uint8 arrays [H, W, 3] (None where a row has no picture)
@@ -45,6 +45,10 @@ class MaskedImages:
     def _hidden(self, ids_RL: Tensor, mask_RL: Tensor) -> Tensor:
         """[R, L, E] last hidden states of rows to draw; those of padding mean nothing."""
         raise NotImplementedError
+
+    def _hidden_after(self, given: Supervision, ids_RL: Tensor, mask_RL: Tensor) -> Tensor:
+        """[R, L, E] as `_hidden`, of rows that stand behind visual hints."""
+        raise UsageError(f"This model has no place for visual hints before a text ({type(self).__name__}). Train it without hints.")
 
     def question_row(self, text: str, codes: Any | None) -> list[int]:
         """Token ids of a question, with the codes of its picture if it has one, up to where the answer begins."""
@@ -137,23 +141,37 @@ class MaskedImages:
         picked = (logits / policy.temperature).log_softmax(-1).gather(-1, codes.gather(1, slots)[..., None])[..., 0]
         return torch.zeros_like(trajectory.log_prob).scatter(1, slots, picked * scored.gather(1, slots))
 
-    def supervised_loss(self, prompts: Prompts, pixels_BCHW: Tensor, seeds: Sequence[int], blank_B: Tensor | None = None) -> Tensor:
-        """[B] mean cross-entropy of the codes hidden at random (their number and places are those of each sample's seed).
+    def supervised_loss(
+        self, prompts: Prompts, pixels_BCHW: Tensor, seeds: Sequence[int], blank_B: Tensor | None = None, given: Supervision | None = None
+    ) -> Tensor:
+        """[B] mean cross-entropy of hidden codes. Rows True in `blank_B` train the unconditional branch (guidance needs some)."""
+        return self.token_losses(prompts, pixels_BCHW, seeds, blank_B, given).mean
 
-        Rows True in `blank_B` train the unconditional branch (guidance needs some).
-        """
+    def token_losses(
+        self, prompts: Prompts, pixels_BCHW: Tensor, seeds: Sequence[int], blank_B: Tensor | None = None, given: Supervision | None = None
+    ) -> TokenLosses:
+        """The cross-entropy of every hidden code: of those of `given`, or of codes hidden at random (number and places by the seed)."""
+        given = given or Supervision()
         codes = self.encode_image(pixels_BCHW)
-        hidden = random_masks(uniforms(seeds, codes.shape[1] + 1), codes.shape[1]).to(self.device)
+        hidden = random_masks(uniforms(seeds, codes.shape[1] + 1), codes.shape[1]) if given.hidden is None else given.hidden
+        hidden = hidden.to(self.device)
+        scored = hidden if given.scored is None else hidden & given.scored.to(self.device)
         prompts = self.to_width(prompts)
         if blank_B is not None:
             blank = blank_B.to(self.device)[:, None]
             ids, mask = torch.where(blank, prompts.uncond_ids, prompts.ids), torch.where(blank, prompts.uncond_mask, prompts.mask)
             prompts = replace(prompts, ids=ids, mask=mask)
-        slots = first_slots(hidden, int(hidden.sum(1).max()))
-        logits = self._branch(prompts.ids, prompts.mask, codes.masked_fill(hidden, HIDDEN), slots)
-        loss = F.cross_entropy(logits.flatten(0, 1), codes.gather(1, slots).flatten(), reduction="none").view(slots.shape)
-        is_hidden = hidden.gather(1, slots)
-        return (loss * is_hidden).sum(1) / is_hidden.sum(1)
+        slots = first_slots(scored, int(scored.sum(1).max()))
+        logits = self._branch(prompts.ids, prompts.mask, codes.masked_fill(hidden, HIDDEN), slots, given)
+        target = codes.gather(1, slots)
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(slots.shape)
+        is_scored = scored.gather(1, slots)
+        right = torch.zeros_like(scored).scatter(1, slots, (logits.argmax(-1) == target) & is_scored)
+        return TokenLosses(torch.zeros(codes.shape, device=self.device).scatter(1, slots, loss * is_scored), scored, right)
+
+    def hidden_number(self, seeds: Sequence[int]) -> Tensor:
+        """int [B] how many tokens of each sample `token_losses` hides by itself."""
+        return random_number(uniforms(seeds, 1)[:, 0], self.tokens)
 
     # Pixels, always in [0, 1]
 
@@ -209,11 +227,13 @@ class MaskedImages:
 
         return logits_at
 
-    def _branch(self, ids_RL: Tensor, mask_RL: Tensor, codes_RN: Tensor, slots_RK: Tensor) -> Tensor:
+    def _branch(self, ids_RL: Tensor, mask_RL: Tensor, codes_RN: Tensor, slots_RK: Tensor, given: Supervision | None = None) -> Tensor:
         """[R, K, V] float32 logits of the slots, given the codes that are not HIDDEN. The output layer works on nothing else."""
         places_RN = first_slots(ids_RL == self.mask_id, codes_RN.shape[1])
         tokens_RN = torch.where(codes_RN == HIDDEN, self.mask_id, codes_RN + self.offset)
-        hidden_RLE = self._hidden(ids_RL.scatter(1, places_RN, tokens_RN), mask_RL)
+        rows_RL = ids_RL.scatter(1, places_RN, tokens_RN)
+        is_plain = given is None or given.hints is None
+        hidden_RLE = self._hidden(rows_RL, mask_RL) if is_plain else self._hidden_after(given, rows_RL, mask_RL)
         places_RK = places_RN.gather(1, slots_RK)
         picked_RKE = hidden_RLE.gather(1, places_RK[..., None].expand(-1, -1, hidden_RLE.shape[-1]))
         return head_slice(self.head, self.offset, self.offset + self.codes)(picked_RKE).float()

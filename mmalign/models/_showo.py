@@ -20,7 +20,7 @@ from mmalign.models.layers.lanes import lanes, padded_lengths
 from mmalign.models.layers.magvit import Magvit
 from mmalign.models.layers.noise import draw, uniforms
 from mmalign.models.layers.rows import pad_left, pad_right
-from mmalign.trajectory import Embedding, Prompts, TextTrajectory
+from mmalign.trajectory import Embedding, Prompts, Supervision, TextTokens, TextTrajectory
 from mmalign.types import UsageError
 
 
@@ -49,6 +49,13 @@ class Showo(SquarePictures, MaskedImages):
             tensor.to(self.device) for tensor in pad_left([self.text.drawing("", self.tokens)] * len(texts), self.pad_id, ids.shape[1])
         )
         return Prompts(tuple(texts), ids, mask, blank, blank_mask)
+
+    def text_features(self, texts: Sequence[str]) -> list[TextTokens]:
+        """The tokens of each text as they enter the trunk, without special ones, as far as Show-o reads a text to draw."""
+        rows = [self.text.plain(text) for text in texts]
+        ids, mask = (tensor.to(self.device) for tensor in pad_right(rows, self.pad_id))
+        features = self.net.get_input_embeddings()(ids)
+        return [TextTokens(features[row][mask[row]], self.text.words(ids)) for row, ids in enumerate(rows)]
 
     # Reading and writing text
 
@@ -104,14 +111,40 @@ class Showo(SquarePictures, MaskedImages):
         return self.text.question(text, codes)
 
     def _hidden(self, ids_RL: Tensor, mask_RL: Tensor) -> Tensor:
-        """Text rows see the text before them, image rows everything; no one sees padding (whose own rows mean nothing)."""
-        length = ids_RL.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=ids_RL.device).tril()
+        return self._run(ids_RL, self._drawing_mask(ids_RL, mask_RL), self._drawing_position(ids_RL.shape[1]))
+
+    def _hidden_after(self, given: Supervision, ids_RL: Tensor, mask_RL: Tensor) -> Tensor:
+        """Hints stand before the row as a picture that is read does, <|mmu|> <|soi|> hints <|eoi|>, and see themselves alone; the whole row
+        sees them (SeGroS, its figure 6). The row keeps its distance to its own tokens and to them whatever its text's length."""
+        assert given.hints is not None
+        rows, embed = len(ids_RL), self.net.get_input_embeddings()
+        marks = embed(torch.tensor([self.layout.mmu, self.layout.soi, self.layout.eoi], device=ids_RL.device)).expand(rows, -1, -1)
+        hints = torch.cat([marks[:, :2], given.hints.to(marks), marks[:, 2:]], 1)
+        n_hints, length = hints.shape[1], ids_RL.shape[1]
+        is_hinted = mask_RL.new_ones(rows) if given.hinted is None else given.hinted.to(mask_RL)
+        before = mask_RL.new_ones(rows, n_hints, n_hints)
+        behind = (is_hinted[:, None] & mask_RL)[:, :, None].expand(-1, -1, n_hints)
+        seen = torch.cat(
+            [
+                torch.cat([before, mask_RL.new_zeros(rows, n_hints, length)], 2),
+                torch.cat([behind, self._drawing_mask(ids_RL, mask_RL)], 2),
+            ],
+            1,
+        )
+        position = torch.cat([torch.arange(n_hints, device=ids_RL.device)[None], self._drawing_position(length) + n_hints], 1)
+        embeds = torch.cat([hints, embed(ids_RL)], 1)
+        found = self.trunk(inputs_embeds=embeds, attention_mask=seen[:, None], position_ids=position, use_cache=False)
+        return found.last_hidden_state[:, n_hints:]
+
+    def _drawing_mask(self, ids_RL: Tensor, mask_RL: Tensor) -> Tensor:
+        """bool [R, L, L]: text sees the text before it, the image everything; no one sees padding (whose own rows mean nothing)."""
+        causal = torch.ones(ids_RL.shape[1], ids_RL.shape[1], dtype=torch.bool, device=ids_RL.device).tril()
         is_image = (ids_RL == self.layout.soi).cumsum(1) > 0
-        seen = (causal | is_image[:, :, None]) & (mask_RL[:, None, :] | ~mask_RL[:, :, None])
-        # Positions are those of the official row, whose text part is always padded to its full length.
-        position = torch.arange(length, device=ids_RL.device) + (self.text_slots + self.tokens + 2 - length)
-        return self._run(ids_RL, seen, position[None])
+        return (causal | is_image[:, :, None]) & (mask_RL[:, None, :] | ~mask_RL[:, :, None])
+
+    def _drawing_position(self, length: int) -> Tensor:
+        """[1, L] positions of the official row, whose text part is always padded to its full length."""
+        return torch.arange(length, device=self.device)[None] + (self.text_slots + self.tokens + 2 - length)
 
     def _read(self, ids_RL: Tensor, mask_RL: Tensor) -> Tensor:
         """[R, L, E] last hidden states of question rows."""

@@ -80,6 +80,14 @@ class ShowoText:
         """Whether a text to draw is longer than Show-o reads."""
         return len(self._encode(text)) + 2 > TEXT_SLOTS
 
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text to draw without special tokens, cut where the row is."""
+        return [id for id in self._encode(text)[1 : TEXT_SLOTS - 2] if id != self.eos]
+
+    def words(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Each token as text."""
+        return tuple(self.tokenizer.decode([id]) for id in ids)
+
     def question(self, text: str, codes: Sequence[int] | None) -> list[int]:
         """Token ids of a question, with the codes of its picture if it has one, up to where the answer begins."""
         picture = (

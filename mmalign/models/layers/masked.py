@@ -138,6 +138,10 @@ def random_masks(uniform_BN: Tensor, tokens: int) -> Tensor:
 
     `uniform_BN` has N + 1 numbers per sample: the first decides how many, the others where (Show-o, training/utils.py).
     """
-    number_B = (torch.cos(uniform_BN[:, 0] * (math.pi / 2)) * tokens).round().clamp(min=1)
     rank_BN = uniform_BN[:, 1:].argsort(1).argsort(1)
-    return rank_BN < number_B[:, None]
+    return rank_BN < random_number(uniform_BN[:, 0], tokens)[:, None]
+
+
+def random_number(uniform_B: Tensor, tokens: int) -> Tensor:
+    """int [B] how many of N tokens `random_masks` hides."""
+    return (torch.cos(uniform_B * (math.pi / 2)) * tokens).round().clamp(min=1).long()
