@@ -2,6 +2,7 @@
 
     metrics.jsonl               one JSON object a line: {"step": n, figure: number, ...}; written by the loop, always
     <kind>/step-000010/         pictures of a step: 00.png, 01.png, ... and album.json {"title", "captions"}, written last
+    gains/step-000010.json      {"title", "gains"}: a group's reward gains, by sample and denoising step
     evaluations.json            base and trained checkpoint beside each other, when they were evaluated
 
 Kinds of pictures: `samples` are the same prompts and seeds each time; `rollouts` is a group of the step's own samples.
@@ -78,6 +79,34 @@ def read_albums(run: Path, kind: str) -> list[Album]:
         captions = tuple(content["captions"])
         pictures = tuple(file.parent / f"{number:02d}.png" for number in range(len(captions)))
         found.append(Album(int(file.parent.name.removeprefix("step-")), content["title"], pictures, captions))
+    return found
+
+
+@dataclass(frozen=True)
+class Gains:
+    """The reward gains of one group: `rows` by sample, each by denoising step, the noisiest first. None where a reward is missing."""
+
+    step: int
+    title: str
+    rows: tuple[tuple[float | None, ...], ...]
+
+
+def write_gains(run: Path, step: int, title: str, rows: Sequence[Sequence[float]]) -> None:
+    """Keeps a group's gains; what is no number is kept as None."""
+    content = {"title": title, "gains": [[value if math.isfinite(value) else None for value in row] for row in rows]}
+    file = run / "gains" / f"step-{step:06d}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, file)
+
+
+def read_gains(run: Path) -> list[Gains]:
+    """The groups whose gains were kept, by step."""
+    found = []
+    for file in sorted((run / "gains").glob("step-*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found.append(Gains(int(file.stem.removeprefix("step-")), content["title"], tuple(tuple(row) for row in content["gains"])))
     return found
 
 

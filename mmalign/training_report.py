@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mmalign import curves, history, pages
+from mmalign import curves, gain_report, history, pages
 from mmalign.curves import Curve
 from mmalign.gallery import TINY
 from mmalign.history import Album, Line
@@ -71,6 +71,7 @@ def _page(run: Path, facts: Mapping[str, Any], folder: Path) -> str:
         evaluations=_evaluations(run, folder),
         charts=_charts(metrics, (0, done)),
         panel_parts=_panel_charts(metrics, (0, done))[1:],
+        denoising=[_chart(one.title, one.curves, one.note, (0, one.last)) for one in gain_report.step_charts(run, metrics)],
         times=_times(metrics),
         samples=_over_time(_spread(samples, COLUMNS), folder),
         groups=[_group(album, folder) for album in _spread(groups, GROUPS)],

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from mmalign.trainers import _flow as flow
 from mmalign.trainers import flow_grpo
 from mmalign.trainers._calibration import Calibration, calibrate
 
-from mmalign import cli, grpo
+from mmalign import cli, grpo, history
 from mmalign.loop import Loop
 from mmalign.models import diffusion as family
 from mmalign.trajectory import Policy, Trajectory
@@ -152,13 +153,48 @@ def test_the_gradient_is_the_policy_gradient_whatever_the_micro_batch(scene):
         assert torch.allclose(found[0][name], found[1][name], atol=1e-6) and torch.allclose(value.grad, found[0][name], atol=1e-6)
 
 
-@pytest.mark.parametrize("kl", ["gaussian", "gaussian_nodt"])
-def test_the_kl_pulls_back_to_the_reference(scene, kl):
+@pytest.mark.parametrize(("credit", "sign"), [(1.0, 1), (-1.0, -1)])
+def test_a_credited_step_becomes_likelier_and_a_blamed_one_less_likely(scene, credit, sign):
     model, loop, rollout = scene
+    advantage = torch.zeros(6, 4)
+    advantage[2, 1] = credit
+    loop.config = replace(loop.config, learning_rate=1e-5)  # so small that the step is its gradient
+    with torch.no_grad():
+        before = model.log_prob(rollout.encoded, rollout.drawn)
+    for _ in loop.steps():
+        flow.update(model, loop, rollout, advantage, [0, 1, 2], how())
+        break
+    with torch.no_grad():
+        change = model.log_prob(rollout.encoded, rollout.drawn) - before
+    assert sign * float(change[2, 1]) > 1e-6 and change[:, 1].abs().argmax() == 2
+
+
+def drift_away(loop):
     with torch.no_grad():
         for name, value in loop.parameters.items():
             if "lora_B" in name:
                 value.copy_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+
+
+def test_k3_measures_the_new_policy_by_the_reference_and_not_the_reverse(scene):
+    model, loop, rollout = scene
+    drift_away(loop)
+    for _ in loop.steps():
+        fresh = flow.make_rollout(model, loop, rollout.rows, rollout.drawn.policy, range(6), None)
+        with torch.no_grad():
+            new = model.log_prob(fresh.encoded, fresh.drawn)[:, :3].double()
+            with loop.reference():
+                reference = model.log_prob(fresh.encoded, fresh.drawn)[:, :3].double()
+        flow.update(model, loop, fresh, torch.zeros(6, 4), [0, 1, 2], how(kl="k3", beta=1.0))
+        break
+    expected, reverse = (float((gap.exp() - gap - 1).mean()) for gap in (reference - new, new - reference))
+    assert loop._figures["kl"] == pytest.approx(expected, rel=1e-4) and abs(reverse - expected) > 0.01 * expected
+
+
+@pytest.mark.parametrize("kl", ["gaussian", "gaussian_nodt"])
+def test_the_kl_pulls_back_to_the_reference(scene, kl):
+    model, loop, rollout = scene
+    drift_away(loop)
     seen = []
     for _ in loop.steps():
         fresh = flow.make_rollout(model, loop, rollout.rows, rollout.drawn.policy, range(6), None)
@@ -217,6 +253,7 @@ def test_a_run_logs_gains_and_ratios_and_keeps_its_calibration(undisturbed, chec
     assert len(found) == 2 and all(line["ratio_deviation"] < 1e-5 for line in found)
     assert {f"gain/step_{k}" for k in range(4)} <= set(found[0]) and found[-1]["kl"] > 0
     assert all(0 <= line[f"positive/step_{k}"] <= 1 for line in found for k in range(4))
+    assert {group.step: [len(row) for row in group.rows] for group in history.read_gains(run)} == {}  # pictures were not asked for
     kept = json.loads((run / "calibration.json").read_text())
     assert kept["rule"] == "constant" and len(kept["history"]) == 3 and kept["levels"] == kept["history"][-1]
     assert kept["options"]["trajectories"] == 2 and len(kept["positive"][0]) == 4
@@ -225,6 +262,20 @@ def test_a_run_logs_gains_and_ratios_and_keeps_its_calibration(undisturbed, chec
     before = family.load(checkpoint).net.state_dict()
     moved = {name for name, value in weights(run).items() if not torch.equal(before[name], value)}
     assert moved and all("attn" in name for name in moved)
+
+
+def test_gains_of_a_group_are_kept_with_its_pictures(checkpoint, prompts, tmp_path):
+    run = tmp_path / "run"
+    command = words(checkpoint, prompts, run, "--credit", "gain", steps=1)
+    command[command.index("--image-every") + 1] = "1"
+    assert cli.main(command) == 0
+    (group,) = history.read_gains(run)
+    line = lines(run)[0]
+    assert group.step == 1 and group.title.startswith("a photo of") and [len(row) for row in group.rows] == [4] * 4
+    rewards = [float(caption.removeprefix("reward ")) for caption in history.read_albums(run, "rollouts")[0].captions]
+    assert len(rewards) == 4 and all(sum(row) <= 1 for row in group.rows)
+    page = (run / "index.html").read_text()
+    assert "Gains of a group at step 1" in page and "Share of positive gains by denoising step" in page and line["gain/step_0"] != 0
 
 
 def test_a_run_continues_bit_for_bit(undisturbed, checkpoint, prompts, tmp_path):

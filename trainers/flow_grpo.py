@@ -28,7 +28,7 @@ import torch
 from mmalign.trainers import _flow as flow
 from mmalign.trainers._calibration import Calibrated, Calibration, calibrate
 
-from mmalign import distributed, grpo, sde
+from mmalign import distributed, grpo, history, sde
 from mmalign.loop import Loop, LoopConfig
 from mmalign.reward import Reward
 from mmalign.trajectory import Policy, Trajectory, Which
@@ -109,9 +109,16 @@ def train(config: Config, model: Any, reward: Reward, prompts: Sequence[Prompt],
         flow.update(model, loop, rollout, advantage_BK, trained_steps(policy.levels, config), how)
         flow.log_rewards(loop, scored, config.samples)
         if loop.shows:
+            keep_gains(loop, scored, config.samples, chosen[0].text)
             totals = [f"reward {total:.3f}" if ok else "no reward" for total, ok in zip(scored.final.total, scored.final.ok, strict=True)]
             shown = min(config.samples, GROUP_SHOWN)
             loop.keep("rollouts", list(zip(scored.pictures[:shown], totals[:shown], strict=True)), chosen[0].text)
+
+
+def keep_gains(loop: Loop, scored: flow.StateRewards, samples: int, title: str) -> None:
+    """The first group's gains, where every state has a reward: the report draws them as one line per trajectory."""
+    if distributed.rank() == 0 and scored.total.shape[1] > 1:
+        history.write_gains(loop.run, loop.step + 1, title, np.diff(scored.total[:samples], axis=1).round(6).tolist())
 
 
 def completion(config: Config) -> int | None:
