@@ -14,7 +14,7 @@ LAYERS = [
     | {"remote", "serve", "scoring", "reward", "attribution", "grpo", "sde", "trajectory", "loop", "distributed", "trackers"},
     {"models", "scorers", "testbed", "adapters"},
     {"evaluators", "trainers"},
-    {"leaderboards", "tables", "report", "training_report", "score_report"},
+    {"leaderboards", "tables", "report", "training_report", "gain_report", "score_report"},
     {"doctor", "explain", "jobs", "training", "watch", "options", "verbs", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
