@@ -66,7 +66,7 @@ class ShowoModel(Serving, Showo):
     def save(self, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the official layout: `state` (the trunk's own if None) and config.json, with the folders beside it copied inside."""
         folder = Path(folder)
-        copy_files(self.path, folder, ("config.json",))
+        copy_files(self.path, folder, ("config.json", "generation_config.json"))
         tensors = (self.net.state_dict() if state is None else state).items()
         save_file({PREFIX + name: tensor.detach().contiguous() for name, tensor in tensors}, folder / "pytorch_model.safetensors")
         copy_files(self.parts["phi-1_5"], folder / "phi-1_5", LANGUAGE_FILES)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmalign.models.layers.extras import config_of
+from mmalign.models.layers.generation import checkpoint_settings
 
 if TYPE_CHECKING:
     from mmalign.models._showo_serve import ShowoModel
@@ -45,4 +46,4 @@ def load(path: Path, *, device: str = "cpu", dtype: str = "float32", extra: Mapp
     """The model in a folder, ready to draw. `dtype` is that of the trunk; the image tokenizer stays in float32."""
     from mmalign.models._showo_serve import open_model
 
-    return open_model(Path(path), Sampling(), device, dtype, extra or {})
+    return open_model(Path(path), checkpoint_settings(Path(path), Sampling()), device, dtype, extra or {})
