@@ -282,7 +282,7 @@ class Loop:
             for tracker in self.trackers:
                 tracker.log(self.step, {name: value for name, value in line.items() if name != "step"})
             if self.say:
-                names = ("reward", "spread", "kl", "grad_norm", *(key for key in line if key in ("panel/strict",)), "seconds/step")
+                names = ("loss", "reward", "spread", "kl", "grad_norm", *(key for key in line if key in ("panel/strict",)), "seconds/step")
                 self.say(f"step {self.step:5d}  " + "  ".join(f"{name} {line[name]:.4g}" for name in names if name in line))
         self._figures, self._seconds = {}, {}
 
@@ -337,11 +337,18 @@ def _choose_parts(model: Any, parts: Sequence[str]) -> None:
 
 
 def _checkpoint_activations(net: Any) -> None:
-    """Compute activations again in the backward pass; diffusers and transformers name the switch differently."""
+    """Compute activations again in the backward pass; diffusers and transformers name the switch differently.
+
+    transformers checkpoints a layer only in training mode, in which it also throws away the sampler's cache: each layer is in that mode
+    for the forwards that record gradients, and for no other.
+    """
     if hasattr(net, "enable_gradient_checkpointing"):
         net.enable_gradient_checkpointing()
-    else:
-        net.gradient_checkpointing_enable({"use_reentrant": False})
+        return
+    net.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in net.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "training", torch.is_grad_enabled()))
 
 
 def _add_lora(model: Any, config: LoopConfig) -> None:
