@@ -1,4 +1,4 @@
-"""Diffusion pipelines in small (SD3, FLUX, SD1.5): pixels equal diffusers' own, ratios of one, batches, completions, strict reading."""
+"""Diffusion pipelines in small: pixels equal diffusers' own, ratios of one, batches, completions, strict reading."""
 
 import json
 import shutil
@@ -40,8 +40,8 @@ def policy(model, level=0.7, steps=5, guidance=3.0, noise=None):
     return Policy(guidance, noise=noise or model.layout.rules[0], levels=(level,) * steps)
 
 
-def requests(count):
-    return [Request(Prompt(f"p{n}", TEXTS[n % 3]), 0, 100 + n, SIZE) for n in range(count)]
+def requests(count, size=SIZE):
+    return [Request(Prompt(f"p{n}", TEXTS[n % 3]), 0, 100 + n, size) for n in range(count)]
 
 
 def test_pictures_are_those_of_diffusers_own_pipeline(model, folders, models):
@@ -53,26 +53,30 @@ def test_pictures_are_those_of_diffusers_own_pipeline(model, folders, models):
     if name == "sd15":
         official.scheduler = diffusers.DDIMScheduler.from_config(official.scheduler.config, clip_sample=False)
     official.set_progress_bar_config(disable=True)
-    settings = model.settings
-    latents = normals(streams([100, 101, 102]), *model.layout.shape(SIZE))
-    if name == "flux":
+    settings, size = model.settings, (32, 32) if name == "sana" else SIZE  # SANA's own call takes multiples of 32 alone
+    latents = normals(streams([100, 101, 102]), *model.layout.shape(size))
+    if name in ("flux", "qwen"):
         latents = official._pack_latents(latents, 3, *latents.shape[1:])
     more = {} if name == "sd15" else {"max_sequence_length": settings["tokens"]}
+    weight = {"true_cfg_scale" if name == "qwen" else "guidance_scale": settings["guidance"]}
+    if name == "qwen":
+        more["negative_prompt"] = [" "] * 3
+    if name == "sana":
+        more["use_resolution_binning"] = False
     whole = official(
         TEXTS,
-        height=16,
-        width=16,
+        height=size[0],
+        width=size[1],
         num_inference_steps=settings["steps"],
-        guidance_scale=settings["guidance"],
         latents=latents,
         output_type="np",
+        **weight,
         **more,
     ).images
-    ours = model.draw(
-        model.encode_prompts(TEXTS), policy(model, 0.0, settings["steps"], settings["guidance"]), [100, 101, 102], SIZE
-    )  # fmt: skip
+    chosen = policy(model, 0.0, settings["steps"], settings["guidance"])
+    ours = model.draw(model.encode_prompts(TEXTS, settings["negative"]), chosen, [100, 101, 102], size)
     assert np.abs(model.decode(ours).permute(0, 2, 3, 1).numpy() - whole).max() < 1e-5 and whole.std() > 0.05
-    for picture, sample in zip(whole, model.generate(requests(3)), strict=True):
+    for picture, sample in zip(whole, model.generate(requests(3, size)), strict=True):
         assert np.abs((picture * 255).round() - sample.image).max() <= 1  # 1e-5 may lie across a rounding edge
 
 

@@ -66,7 +66,7 @@ class Diffusion:
         """What the denoiser reads of each prompt, and of the negative one as its unconditional twin."""
         embeds = self._encode(texts, tokens or self.tokens)
         if self.layout.has_negative:
-            blank = self._encode([negative], tokens or self.tokens)
+            blank = self.layout.encode_negative(negative, tokens or self.tokens)
             embeds |= {UNCOND + name: value.expand(len(texts), *value.shape[1:]) for name, value in blank.items()}
         none = torch.zeros(len(texts), 0, dtype=torch.long, device=self.device)  # the denoiser reads embeddings, not ids
         return Prompts(tuple(texts), none, none.bool(), none, none.bool(), embeds)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -37,6 +38,10 @@ class Layout:
     def encode(self, texts: Sequence[str], tokens: int) -> dict[str, Tensor]:
         """What the denoiser reads of texts, each [R, ...]; rows never depend on one another."""
         raise NotImplementedError
+
+    def encode_negative(self, text: str, tokens: int) -> dict[str, Tensor]:
+        """The unconditional branch's, [1, ...]."""
+        return self.encode([text], tokens)
 
     def predict(self, x_RCHW: Tensor, time_R: Tensor, embeds: Embeds, guidance: float) -> Tensor:
         """The denoiser's prediction [R, C, H, W] at times (sigmas or alpha-bars)."""
@@ -197,6 +202,93 @@ class StableDiffusion(Layout):
         return torch.stack([bars[scheduler.timesteps], torch.where(former >= 0, bars[former.clamp(min=0)], last)], 1)
 
 
+class Sana(Layout):
+    """SANA: a linear transformer on 32-fold compressed latents, read by Gemma after an instruction that asks it to enhance the prompt."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        side = self.net.config.sample_size * self.scale
+        return side, side
+
+    def encode(self, texts: Sequence[str], tokens: int) -> dict[str, Tensor]:
+        from inspect import signature
+
+        return self._encode(texts, tokens, signature(type(self.pipe).__call__).parameters["complex_human_instruction"].default)
+
+    def encode_negative(self, text: str, tokens: int) -> dict[str, Tensor]:
+        return self._encode([text], tokens, None)
+
+    def _encode(self, texts: Sequence[str], tokens: int, instruction: Any) -> dict[str, Tensor]:
+        prompt, mask, _, _ = self.pipe.encode_prompt(
+            list(texts), do_classifier_free_guidance=False, max_sequence_length=tokens, complex_human_instruction=instruction
+        )
+        return {"prompt": prompt, "mask": mask}
+
+    def predict(self, x_RCHW: Tensor, time_R: Tensor, embeds: Embeds, guidance: float) -> Tensor:
+        x, prompt = self._of_net(x_RCHW, embeds["prompt"])
+        time = time_R.to(x.device, torch.float32) * 1000 * self.net.config.timestep_scale
+        made = self.net(x, prompt, timestep=time, encoder_attention_mask=embeds["mask"], return_dict=False)[0]
+        return made.chunk(2, 1)[0] if made.shape[1] == 2 * x.shape[1] else made  # a learned variance is not used
+
+    def times(self, steps: int, shape: tuple[int, int, int]) -> Tensor:
+        return self._flow_times(steps, shape[1] * shape[2], linear=False)
+
+    def encode_image(self, pixels_RCHW: Tensor) -> Tensor:
+        return self.pipe.vae.encode(pixels_RCHW * 2 - 1, return_dict=False)[0] * self.pipe.vae.config.scaling_factor
+
+
+class QwenImage(Layout):
+    """Qwen-Image: packed latents, Qwen2.5-VL as reader, guidance whose result keeps the conditional prediction's length token by token."""
+
+    multiple = 2
+
+    @property
+    def channels(self) -> int:
+        return int(self.net.config.in_channels) // 4
+
+    def encode(self, texts: Sequence[str], tokens: int) -> dict[str, Tensor]:
+        prompt, mask = self.pipe.encode_prompt(list(texts), max_sequence_length=tokens)
+        if mask is None:
+            mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+        missing = tokens - prompt.shape[1]  # one length for all, so that no row's shape depends on another
+        return {"prompt": F.pad(prompt, (0, 0, 0, missing)), "mask": F.pad(mask, (0, missing))}
+
+    def predict(self, x_RCHW: Tensor, time_R: Tensor, embeds: Embeds, guidance: float) -> Tensor:
+        packed, prompt = self._of_net(pack(x_RCHW), embeds["prompt"])
+        rows, columns = x_RCHW.shape[-2] // 2, x_RCHW.shape[-1] // 2
+        velocity = self.net(
+            packed,
+            timestep=time_R.to(packed),
+            encoder_hidden_states_mask=embeds["mask"],
+            encoder_hidden_states=prompt,
+            img_shapes=[[(1, rows, columns)]] * len(packed),
+            return_dict=False,
+        )[0]
+        return unpack(velocity, rows)
+
+    def guide(self, uncond: Tensor, cond: Tensor, weight: float) -> Tensor:
+        aimed, plain = pack(super().guide(uncond, cond, weight)), pack(cond)
+        aimed = aimed * (plain.norm(dim=-1, keepdim=True) / aimed.norm(dim=-1, keepdim=True))
+        return unpack(aimed, cond.shape[-2] // 2)
+
+    def times(self, steps: int, shape: tuple[int, int, int]) -> Tensor:
+        return self._flow_times(steps, shape[1] * shape[2] // 4, linear=True)
+
+    def decode(self, x_RCHW: Tensor) -> Tensor:
+        mean, std = self._statistics(x_RCHW)
+        return self._pixels(self.pipe.vae.decode((x_RCHW * std + mean)[:, :, None], return_dict=False)[0][:, :, 0])
+
+    def encode_image(self, pixels_RCHW: Tensor) -> Tensor:
+        z = self.pipe.vae.encode((pixels_RCHW * 2 - 1)[:, :, None]).latent_dist.mean[:, :, 0]
+        mean, std = self._statistics(z)
+        return (z - mean) / std
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        settings = self.pipe.vae.config
+        mean, std = (torch.tensor(values).to(like)[:, None, None] for values in (settings.latents_mean, settings.latents_std))
+        return mean, std
+
+
 def pack(x_RCHW: Tensor) -> Tensor:
     """Two by two latents as one token."""
     return rearrange(x_RCHW, "r c (h p) (w q) -> r (h w) (c p q)", p=2, q=2)
@@ -210,4 +302,6 @@ LAYOUTS: dict[str, type[Layout]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
     "StableDiffusionPipeline": StableDiffusion,
+    "SanaPipeline": Sana,
+    "QwenImagePipeline": QwenImage,
 }

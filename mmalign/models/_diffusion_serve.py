@@ -146,6 +146,8 @@ def read_scheduler(path: Path, layout: type[Layout]) -> Any:
 
     settings = json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     if "ddim" not in layout.rules:
+        if settings.get("flow_shift") is not None:  # a multistep solver's name for the same number
+            settings["shift"] = settings["flow_shift"]
         return FlowMatchEulerDiscreteScheduler.from_config(settings)
     return DDIMScheduler.from_config({**settings, "clip_sample": False})
 

@@ -1,8 +1,8 @@
-"""Diffusion and flow-matching pipelines in the diffusers layout: SD3 and SD3.5, FLUX.1, Stable Diffusion 1.x.
+"""Diffusion and flow-matching pipelines in the diffusers layout: SD3 and SD3.5, FLUX.1, Stable Diffusion 1.x, SANA, Qwen-Image.
 
 One sampler for all of them, deterministic or stochastic, with log-probabilities (`mmalign.sde`); what differs from pipeline to pipeline
-is in `_diffusion_layouts.py`. Papers: SD3 (arXiv 2403.03206), FLUX.1 (black-forest-labs/flux), latent diffusion (2112.10752). Weights
-carry their own licences: FLUX.1-dev non-commercial, SD3.5 community, SD1.5 OpenRAIL-M.
+is in `_diffusion_layouts.py`. Papers: SD3 (arXiv 2403.03206), FLUX.1 (black-forest-labs/flux), latent diffusion (2112.10752), SANA
+(2410.10629), Qwen-Image (2508.02324). Weights carry their own licences: FLUX.1-dev non-commercial, SD3.5 community, SD1.5 OpenRAIL-M.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ PIPELINES: dict[str, Sampling] = {
     "StableDiffusion3Pipeline": Sampling(),
     "FluxPipeline": Sampling(steps=28, guidance=3.5, tokens=512),
     "StableDiffusionPipeline": Sampling(steps=50, guidance=7.5, tokens=77),
+    "SanaPipeline": Sampling(steps=20, guidance=4.5, tokens=300),
+    "QwenImagePipeline": Sampling(steps=50, guidance=4.0, negative=" ", tokens=512),
 }
 
 

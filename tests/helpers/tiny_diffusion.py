@@ -1,4 +1,4 @@
-"""Tiny untrained diffusers pipelines, written in their official layouts from a seed: SD3, FLUX.1 and Stable Diffusion 1.5."""
+"""Tiny untrained diffusers pipelines, written in their official layouts from a seed: SD3, FLUX.1, SD1.5, SANA, Qwen-Image."""
 
 from __future__ import annotations
 
@@ -201,4 +201,118 @@ def make_sd15(folder: Path, seed: int = 0) -> Path:
     return write(pipe, folder, seed, num_inference_steps=4)
 
 
-MAKERS = {"sd3": make_sd3, "flux": make_flux, "sd15": make_sd15}
+def make_sana(folder: Path, seed: int = 0) -> Path:
+    from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    from mmalign.testbed.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(SENTENCES * 3, 320)
+    blocks = ("ResBlock", "EfficientViTBlock")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderDC(
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            scaling_factor=0.41407,
+        )
+        transformer = SanaTransformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+            sample_size=8,
+        )
+        reader = Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=4096,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+    pipe = SanaPipeline(
+        tokenizer=tokenizer, text_encoder=reader, vae=vae, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)
+    )
+    return write(pipe, folder, seed, num_inference_steps=4)
+
+
+def make_qwen(folder: Path, seed: int = 0) -> Path:
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from mmalign.testbed.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(SENTENCES * 3, 320)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}  # half of the head's width of 8
+    words = {"vocab_size": len(tokenizer) + 4, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "rope_parameters": rope}
+    sight = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32, "patch_size": 14}
+    last = len(tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reader = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config={**words, **heads, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+                vision_config={**sight, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [0]},
+                image_token_id=last,
+                vision_start_token_id=last + 1,
+                vision_end_token_id=last + 2,
+                video_token_id=last + 3,
+            )
+        )
+        transformer = QwenImageTransformer2DModel(
+            patch_size=2,
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(8, 4, 4),
+        )
+        vae = AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.1, -0.1, 0.0, 0.2],
+            latents_std=[1.1, 0.9, 1.0, 1.2],
+        )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift=1.0, shift_terminal=0.02
+    )
+    pipe = QwenImagePipeline(scheduler=scheduler, vae=vae, text_encoder=reader, tokenizer=tokenizer, transformer=transformer)
+    folder = write(pipe, folder, seed, num_inference_steps=4)
+    (folder / "generation_config.json").write_text(json.dumps({"max_sequence_length": 64, "num_inference_steps": 4}))
+    return folder
+
+
+MAKERS = {"sd3": make_sd3, "flux": make_flux, "sd15": make_sd15, "sana": make_sana, "qwen": make_qwen}
