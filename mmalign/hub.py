@@ -21,7 +21,7 @@ CHECKPOINTS = Path(__file__).parent / "testbed" / "checkpoints"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 SIDE_FILES = (".json", ".jinja", ".txt", ".model")
 WHOLE = 256 * 2**20  # bytes up to which a file is read whole
-CONFIGS = ("config.json", "model_index.json")
+CONFIGS = ("config.json", "model_index.json", "llm_config.json")  # of a checkpoint, a pipeline, BAGEL
 BLOCK, BLOCKS = 64 * 1024, 1024  # of a larger file: bytes of a block, blocks spread over it
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -151,7 +151,7 @@ def _download(identity: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin"]
+    wanted = ["*.json", "*.jinja", "*.txt", "*.model", *(f"*{suffix}" for suffix in WEIGHTS)]
     where = f"'{identity}'" + (f" at revision {revision}" if revision else "")
     try:
         return Path(snapshot_download(identity, revision=revision, allow_patterns=wanted, local_files_only=reach.is_cache_only()))

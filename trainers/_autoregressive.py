@@ -114,7 +114,8 @@ def make_rollout(model: Any, loop: Loop, prompts: Sequence[Prompt], config: Auto
         texts = [prompt.text for prompt in rows]
         encoded = model.encode_prompts(texts, reasoning=None if thoughts is None else list(thoughts.texts))
         drawn = model.sample(encoded, Policy(config.guidance, config.temperature), loop.seeds(prompts, config.group, "image"))
-        pixels = torch.cat([model.decode(codes) for codes in drawn.actions.split(config.micro_batch)])
+        every = torch.arange(len(rows)).split(config.micro_batch)
+        pixels = torch.cat([model.render(encoded.select(part.tolist()), drawn.select(part.tolist())) for part in every])
     # Cut off, not rounded, exactly as `Model.generate` makes its pictures, so that a reward equals a benchmark's value.
     images = rearrange((pixels * 255).to(torch.uint8), "b c h w -> b h w c").cpu().numpy()
     samples = [

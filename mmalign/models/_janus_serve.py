@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,23 @@ import torch
 from safetensors.torch import save_file
 
 from mmalign import hub
+from mmalign.models._causal_serve import CausalServing
 from mmalign.models._janus import Janus
 from mmalign.models._janus_layout import HUGGING_FACE, ORIGINAL, model_type, original_config, to_hugging_face
 from mmalign.models._janus_text import ChatFormat, read_pixels
-from mmalign.models._serving import DTYPES, Serving
+from mmalign.models._serving import DTYPES
 from mmalign.models.layers.weights import check_names, check_shapes, read_tensors
-from mmalign.trajectory import Prompts
-from mmalign.types import MmalignError, Request, UsageError, digest, request_seed
+from mmalign.types import MmalignError, UsageError, digest
 
 REVISION = 1  # of the sampler: raise it when equal weights, seed and settings give other samples
 KEPT = ("tokenizer*.json", "special_tokens_map.json", "chat_template.*", "processor_config.json", "preprocessor_config.json")
 
 
-class JanusModel(Serving, Janus):
+class JanusModel(CausalServing, Janus):
     """A Janus with a name, a fingerprint and `generate`."""
 
     family = "janus"
-    capabilities = frozenset({"image", "answer", "train"})
+    capabilities = frozenset({"image", "answer", "choose", "train"})
 
     def __init__(self, path: Path, net: Any, sampling: Any, dtype: str) -> None:
         patches = net.config.vision_config.image_size // net.config.vision_config.patch_size
@@ -37,18 +37,6 @@ class JanusModel(Serving, Janus):
         self.settings: Mapping[str, Any] = asdict(sampling)
         self.fingerprint = digest(self.family, hub.fingerprint_weights(path), dtype, REVISION)
         self.determinism = "bitwise" if self.device.type == "cpu" else "kernel"
-
-    def is_whole(self, ids: torch.Tensor) -> bool:
-        return bool((ids == self.chat.eos).any())
-
-    def prepare(self, requests: Sequence[Request], settings: Any, size: tuple[int, int]) -> tuple[Prompts, list[dict[str, Any]]]:
-        texts = [request.prompt.text for request in requests]
-        if not settings.instruction:
-            return self.encode_prompts(texts), [{} for _ in requests]
-        asked = [settings.instruction.format(prompt=text) for text in texts]
-        own = [request_seed(request.seed, "reasoning", 0) for request in requests]
-        thoughts = self.generate_text(asked, None, own, settings.reasoning_temperature, settings.reasoning_tokens).texts
-        return self.encode_prompts(texts, reasoning=thoughts), [{"reasoning": thought} for thought in thoughts]
 
     def save(self, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the Hugging Face layout, whichever layout was read: `state` (the model's own if None), configs, tokenizer.

@@ -1,12 +1,14 @@
 """Serving requests with a model that draws and answers: settings, sizes, pictures in questions, and failures that cost one request.
 
-What a family adds: `encode_prompts`, `sample`, `decode` and, where it answers, `generate_text` (docs/models.md).
+What a family adds: `encode_prompts`, `sample`, `decode` and, where its capabilities name "answer", `generate_text`; where they name
+"choose", `text_log_prob` (docs/models.md).
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from mmalign.trajectory import Policy, Prompts, TextTrajectory, Trajectory
 from mmalign.types import Failure, Request, Sample, UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
+TASKS = ("image", "answer", "choose")
 
 
 class Serving:
@@ -34,8 +37,9 @@ class Serving:
     sample: Callable[..., Trajectory]
     decode: Callable[..., torch.Tensor]
     generate_text: Callable[..., TextTrajectory]
+    text_log_prob: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     is_whole: Callable[..., bool]  # whether an answer's ids end as the model ends an answer, and not by the limit
-    tasks: tuple[str, ...] = ("image", "answer")
+    capabilities: Collection[str]
 
     def generate(self, requests: Sequence[Request]) -> list[Sample | Failure]:
         """Per request an image, an answer or a failure, which depends on that request alone (bitwise on the CPU)."""
@@ -44,7 +48,7 @@ class Serving:
         settings = [self._settings(request) for request in requests]
         for lane in lanes(settings, None):
             group = [requests[row] for row in lane.rows]
-            made = self._draw(group, lane.key) if lane.key.task == "image" else self._answer(group, lane.key)
+            made = {"image": self._draw, "answer": self._answer, "choose": self._choose}[lane.key.task](group, lane.key)
             for row, result in zip(lane.rows, made, strict=True):
                 results[row] = result
         share = (time.perf_counter() - started) / max(1, len(requests))
@@ -69,14 +73,26 @@ class Serving:
         """[B, 3, H, W] in [0, 1] of drawn codes."""
         return self.decode(codes)
 
+    def size_settings(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Further arguments of `sample` that a size means, where the prompts do not tell it."""
+        return {}
+
+    def render(self, prompts: Prompts, drawn: Trajectory, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """[B, 3, H, W] in [0, 1]: the pictures of what was drawn for these prompts."""
+        return self.pixels_of(drawn.actions, size or self.size)
+
+    def wrong_picture(self, image_HWC: np.ndarray) -> str:
+        """Why a question cannot be asked about this picture, as a whole sentence; "" when it can."""
+        return ""
+
     def answer_settings(self, settings: Any) -> dict[str, Any]:
         """Further arguments of `generate_text` that sampling settings mean."""
         return {}
 
     def _settings(self, request: Request) -> Any:
         chosen: Any = config.build(self.sampling_type, {**self.settings, **request.settings}, f"settings of {request.id}")
-        if chosen.task not in self.tasks:
-            known = " and ".join(self.tasks)
+        if chosen.task not in set(TASKS) & set(self.capabilities):
+            known = ", ".join(task for task in TASKS if task in self.capabilities)
             raise UsageError(f"{self.family} has no task '{chosen.task}'; there are {known}. Correct sampling.task.")
         return chosen
 
@@ -93,10 +109,12 @@ class Serving:
     def _images(self, requests: Sequence[Request], settings: Any, size: tuple[int, int]) -> list[dict[str, Any]]:
         """uint8 [H, W, 3] each. Fractions are cut off, not rounded, as the official scripts do."""
         prompts, extras = self.prepare(requests, settings, size)
-        codes = self.sample(prompts, self.policy(settings), [request.seed for request in requests]).actions
+        seeds = [request.seed for request in requests]
+        drawn = self.sample(prompts, self.policy(settings), seeds, **self.size_settings(size))
         made: list[dict[str, Any]] = [{} for _ in requests]
         for lane in lanes([0] * len(requests), self.width):
-            bytes_BHWC = (self.pixels_of(codes[lane.rows], size) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            pixels = self.render(prompts.select(lane.rows), drawn.select(lane.rows), size)
+            bytes_BHWC = (pixels * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
             for row, picture in zip(lane.real, bytes_BHWC, strict=False):
                 made[row] = {"image": picture.copy(), "extra": extras[row]}
         return made
@@ -106,7 +124,7 @@ class Serving:
         return Failure("generate", "error", f"{self.name} {reason}; {request.id} asks for {asked}. Leave the size out.")
 
     def _answer(self, requests: Sequence[Request], settings: Any) -> list[dict[str, Any] | Failure]:
-        pictures = [_picture(request, self.family) for request in requests]
+        pictures = [self._picture(request) for request in requests]
         rows = [index for index, picture in enumerate(pictures) if not isinstance(picture, Failure)]
         results: list[Any] = list(pictures)
         if rows:
@@ -120,8 +138,37 @@ class Serving:
                 results[row] = {"answer": text, "extra": {"tokens": int(mask.sum()), "is_whole": self.is_whole(ids[mask])}}
         return results
 
+    def _choose(self, requests: Sequence[Request], settings: Any) -> list[dict[str, Any] | Failure]:
+        return [self._likeliest(request) for request in requests]
 
-def _picture(request: Request, family: str) -> np.ndarray | Failure | None:
+    @torch.no_grad()
+    def _likeliest(self, request: Request) -> dict[str, Any] | Failure:
+        """The letter in meta["options"] whose text, with its end, has the least mean loss after the question; the losses by letter.
+
+        The rows of a forward are one request's options, so that nothing depends on other requests.
+        """
+        options = request.prompt.meta.get("options")
+        if not isinstance(options, Mapping) or not options:
+            return Failure("generate", "missing", f"{request.id} has no options to choose from in its metadata.")
+        picture = self._picture(request)
+        if isinstance(picture, Failure):
+            return picture
+        pictures = None if picture is None else [picture] * len(options)
+        log_prob, mask = self.text_log_prob([request.prompt.text] * len(options), pictures, list(options.values()))
+        losses = (-(log_prob * mask).sum(1) / mask.sum(1)).tolist()
+        if not all(map(math.isfinite, losses)):
+            return Failure("generate", "nonfinite", f"{self.name} gives {request.id} losses that are not finite: {losses}.")
+        by_letter = dict(zip(options, losses, strict=True))
+        return {"answer": min(by_letter, key=by_letter.__getitem__), "extra": {"losses": by_letter}}
+
+    def _picture(self, request: Request) -> np.ndarray | Failure | None:
+        """The request's one picture, None when it asks about none, or the failure to read it or to ask about it."""
+        image = _read_picture(request, self.family)
+        reason = "" if image is None or isinstance(image, Failure) else self.wrong_picture(image)
+        return Failure("generate", "error", f"{request.id}: {reason}") if reason else image
+
+
+def _read_picture(request: Request, family: str) -> np.ndarray | Failure | None:
     """The request's one picture, None when it asks about none, or the failure to read it."""
     given = list(request.prompt.meta.get("images") or ())
     if len(given) > 1:

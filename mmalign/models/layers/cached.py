@@ -22,17 +22,19 @@ from mmalign.models.layers.linear import can_pack, fused
 
 @dataclass(frozen=True)
 class Prefix:
-    """What reading prompts left: keys and values [layers, R, H, P, D], the mask [R, P], hidden states [R, E] at the last slot."""
+    """What reading prompts left: keys and values [layers, R, H, P, D], the mask [R, P], hidden states [R, E] at the last slot, and the
+    position [R] of the next token."""
 
     keys: Tensor
     values: Tensor
     mask_RP: Tensor
     hidden_RE: Tensor
+    next_R: Tensor
 
     @staticmethod
     def joined(parts: Sequence[Prefix]) -> Prefix:
         """The rows of several of equal shape, one after the other."""
-        along = {"keys": 1, "values": 1, "mask_RP": 0, "hidden_RE": 0}
+        along = {"keys": 1, "values": 1, "mask_RP": 0, "hidden_RE": 0, "next_R": 0}
         return (
             parts[0]
             if len(parts) == 1
@@ -63,7 +65,7 @@ class Cache:
         self.keys[0][:, :, :, :slots], self.values[0][:, :, :, :slots] = prefix.keys[:, index], prefix.values[:, index]
         self.bias_RT.fill_(float("-inf"))
         self.bias_RT[:, :slots].masked_fill_(prefix.mask_RP[index], 0.0)
-        self.used, self.next_R = slots, prefix.mask_RP.sum(-1)[index]
+        self.used, self.next_R = slots, prefix.next_R[index]
         return prefix.hidden_RE[index]
 
     def place(self) -> tuple[int, int]:
@@ -95,7 +97,7 @@ class Cache:
 
 
 class CachedTrunk:
-    """A decoder of `transformers` with Llama's modules (Llama, Qwen2), ready to decode `rows` rows a step.
+    """A decoder with Llama's modules (Llama, Qwen2; queries and keys may have norms), ready to decode `rows` rows a step.
 
     Packed weights are copies: build a new one whenever the weights may have changed.
     """
@@ -106,18 +108,20 @@ class CachedTrunk:
         pack = can_pack(trunk)
         self.layers = [_Layer(layer, rows, pack) for layer in trunk.layers]
 
-    def prefill(self, embeds_RPE: Tensor, mask_RP: Tensor) -> Prefix:
+    def prefill(self, embeds_RPE: Tensor, mask_RP: Tensor, layout: tuple[Tensor, Tensor] | None = None) -> Prefix:
         """Read prompts, which are padded on the left.
 
         Padding is masked out and takes no position, so it cannot change a result. Its own rows attend to themselves only, because a
-        softmax over nothing is not a number.
+        softmax over nothing is not a number. Where prompts are not plainly causal, `layout` gives positions [R, P] and who may attend
+        to whom [R, P, P].
         """
-        slots = mask_RP.shape[1]
-        position_RP = (mask_RP.long().cumsum(-1) - 1).clamp(min=0)
+        if layout is None:
+            slots = mask_RP.shape[1]
+            causal = torch.ones(slots, slots, dtype=torch.bool, device=mask_RP.device).tril()
+            itself = torch.eye(slots, dtype=torch.bool, device=mask_RP.device)
+            layout = (mask_RP.long().cumsum(-1) - 1).clamp(min=0), (causal & mask_RP[:, None, :]) | itself
+        position_RP, allowed = layout[0], layout[1][:, None]
         tables = self._rotary(embeds_RPE, position_RP)
-        causal = torch.ones(slots, slots, dtype=torch.bool, device=mask_RP.device).tril()
-        itself = torch.eye(slots, dtype=torch.bool, device=mask_RP.device)
-        allowed = ((causal & mask_RP[:, None, :]) | itself)[:, None]
         hidden, keys, values = embeds_RPE, [], []
         for layer in self.layers:
             query, key, value = layer.project(hidden, tables)
@@ -125,8 +129,8 @@ class CachedTrunk:
             values.append(value)
             is_grouped = query.shape[1] != key.shape[1]
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=layer.scale, enable_gqa=is_grouped)
-            hidden = layer.finish(hidden, mixed)
-        return Prefix(torch.stack(keys), torch.stack(values), mask_RP, self.trunk.norm(hidden[:, -1]))
+            hidden = self.finish(len(keys) - 1, hidden, mixed)
+        return Prefix(torch.stack(keys), torch.stack(values), mask_RP, self.norm(hidden[:, -1]), position_RP[:, -1] + 1)
 
     def step(self, embeds_RE: Tensor, cache: Cache) -> Tensor:
         """Hidden state [R, E] of one more token per row, whose keys and values join the cache."""
@@ -137,8 +141,16 @@ class CachedTrunk:
         for index, layer in enumerate(self.layers):
             query, key, value = layer.project(hidden, tables)
             cache.keys[block][index, :, :, slot], cache.values[block][index, :, :, slot] = key[:, :, 0], value[:, :, 0]
-            hidden = layer.finish(hidden, _attend(query, cache, index, layer.scale))
-        return self.trunk.norm(hidden[:, 0])
+            hidden = self.finish(index, hidden, _attend(query, cache, index, layer.scale))
+        return self.norm(hidden[:, 0])
+
+    def finish(self, index: int, hidden_RPE: Tensor, mixed_RHPD: Tensor) -> Tensor:
+        """What layer `index` makes of the residual stream, given its attention's output."""
+        return self.layers[index].finish(hidden_RPE, mixed_RHPD)
+
+    def norm(self, hidden_RE: Tensor) -> Tensor:
+        """The last normalisation."""
+        return self.trunk.norm(hidden_RE)
 
     def _rotary(self, like: Tensor, position_RP: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [R, 1, P, D]; the first half of sin is negative, so that a rotation is x cos + (x with halves swapped) sin."""
@@ -153,6 +165,7 @@ class _Layer:
     def __init__(self, layer: Any, rows: int, pack: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.head_dim, self.scale, self.act = attention.head_dim, attention.scaling, mlp.act_fn
+        self.norm_query, self.norm_key = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.norm_in, self.norm_mlp = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = fused([attention.q_proj, attention.k_proj, attention.v_proj], rows, pack)
         self.out = fused([attention.o_proj], rows, pack)
@@ -166,6 +179,9 @@ class _Layer:
         rows, slots = hidden_RPE.shape[:2]
         joint = self.qkv(self.norm_in(hidden_RPE).flatten(0, 1)).view(rows, slots, sum(self.heads), self.head_dim)
         turned, value = joint.transpose(1, 2).split((self.heads[0] + self.heads[1], self.heads[2]), 1)
+        if self.norm_query is not None:
+            query, key = turned.split(self.heads[:2], 1)
+            turned = torch.cat([self.norm_query(query), self.norm_key(key)], 1)
         query, key = _rotate(turned, tables).split(self.heads[:2], 1)
         return query, key, value
 

@@ -48,6 +48,13 @@ def lanes_of(key: Hashable, rows: list[int], width: int | None) -> Iterator[Lane
         yield Lane(key, real + real[-1:] * ((width or len(real)) - len(real)), len(real))
 
 
+def few(count: int, most: int, is_fixed: bool) -> Iterator[Lane]:
+    """Lanes of at most so many rows, all of one key; where shapes are fixed the last one is filled up."""
+    for start in range(0, count, most):
+        rows = list(range(start, min(start + most, count)))
+        yield from lanes_of(None, rows, most if is_fixed else None)
+
+
 class Lanes:
     """Lanes for a loaded model, which remembers for which kinds of work wide lanes give the bits of narrow ones on this machine."""
 
