@@ -118,12 +118,14 @@ def surrogate(
     weight: Float[Tensor, "B S"] | None = None,
     normaliser: float | None = None,
     divergence: Float[Tensor, "B S"] | None = None,
+    lengths: Float[Tensor, " B"] | None = None,
 ) -> Loss:
     """The loss of one micro-batch. `weight` multiplies the advantage of each decision (dense rewards: 1 + lambda m).
 
     `normaliser` is Z of the *whole* batch (see `normaliser_of`), so that micro-batches and processes add up to the loss of the whole;
     None takes this micro-batch for the whole. `divergence` is a KL that the caller knows exactly (two Gaussians, say), in place of the
-    estimate from `reference`; gradients flow through it.
+    estimate from `reference`; gradients flow through it. `lengths` are the samples' decisions in the whole batch, for `sample_mean` over
+    micro-batches that hold parts of samples.
     """
     advantage_BS = advantage[:, None] if advantage.ndim == 1 else advantage
     credit = advantage_BS.to(log_prob.dtype) if weight is None else advantage_BS.to(log_prob.dtype) * weight
@@ -136,7 +138,8 @@ def surrogate(
     divergence = torch.zeros_like(per_decision) if divergence is None else divergence
     per_decision = per_decision + objective.beta * divergence
     z = normaliser_of(mask, objective.reduction) if normaliser is None else normaliser
-    lengths_B1 = mask.sum(1, keepdim=True).clamp(min=1).to(per_decision.dtype)  # as whole numbers they would divide in float32
+    counted_B = mask.sum(1) if lengths is None else lengths
+    lengths_B1 = counted_B[:, None].clamp(min=1).to(per_decision.dtype)  # as whole numbers they would divide in float32
     scale = 1 / lengths_B1 if objective.reduction == "sample_mean" else 1.0
     with torch.no_grad():
         hit = mask & (torch.minimum(ratio * credit, clipped * credit) < ratio * credit)

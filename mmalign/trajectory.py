@@ -32,7 +32,8 @@ class Policy:
     divides the mixed logits. Families with denoising steps have no temperature but `levels`, one for each step: how much noise it adds by
     the rule `noise` of `mmalign.sde`; a level of 0 is a deterministic step, and deterministic steps alone are the ODE sampler.
     Masked families decide tokens in steps: `hidden` is the share that stays hidden after each, `order_noise` scales the noise that says
-    which ones; empty and None mean the model's own. The order is part of how they draw, but of no log-probability.
+    which ones; empty and None mean the model's own. With `order` "random" chance alone says in which step a token is decided, so that
+    `hidden` is what stays hidden on average (MaskGRPO's sampler). The order is part of how they draw, but of no log-probability.
     """
 
     guidance: float = 5.0
@@ -41,6 +42,7 @@ class Policy:
     levels: tuple[float, ...] = ()
     hidden: tuple[float, ...] = ()
     order_noise: float | None = None
+    order: Literal["surest", "random"] = "surest"
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.guidance):

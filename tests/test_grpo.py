@@ -159,6 +159,21 @@ def test_micro_batches_add_up_to_the_whole(reduction):
     assert torch.allclose(whole, parts, atol=1e-12)
 
 
+def test_parts_of_samples_add_up_to_the_whole_when_their_lengths_are_known():
+    logits, chosen, advantage, mask = setup(3, batch=6)
+    mask = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    objective = grpo.Objective(beta=0.05, reduction="sample_mean")
+    new, old = log_prob(logits, chosen), log_prob(logits.detach() + 0.1, chosen)
+    reference = log_prob(logits.detach() - 0.2, chosen)
+    whole = grpo.surrogate(new, old, advantage, mask, objective, reference).total
+    is_first = torch.arange(mask.shape[1]) % 2 == 0
+    parts = sum(
+        grpo.surrogate(new, old, advantage, mask & part, objective, reference, normaliser=6, lengths=mask.sum(1)).total
+        for part in (is_first, ~is_first)
+    )
+    assert torch.allclose(whole, parts, atol=1e-12)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.floats(-0.99, 2.0), st.integers(0, 1000))
 def test_weights_keep_sign_and_order_of_advantages(strength, seed):

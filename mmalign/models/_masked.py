@@ -104,7 +104,10 @@ class MaskedImages:
         for lane in lanes(padded_lengths(longest, self.width is not None), self.width):
             noise = Streams([seeds[row] for row in lane.rows], len(plan), tokens, self.device)
             logits_at = self._logits_at(self.to_width(prompts.select(lane.rows), lane.key), policy, "guided")
-            drawn = masked.decode(logits_at, len(lane.rows), plan, noise, policy.temperature, self.device)
+            if policy.order == "random":
+                drawn = masked.emerge(logits_at, policy.hidden, noise, policy.temperature, self.width is not None)
+            else:
+                drawn = masked.decode(logits_at, len(lane.rows), plan, noise, policy.temperature, self.device)
             for whole, part in zip((codes, step_of, log_prob), (drawn.codes, drawn.step_of, drawn.log_prob), strict=True):
                 whole[lane.real] = part[: lane.n_real]
         return Trajectory("masked", codes, log_prob, policy, tuple(seeds), step_of=step_of)
@@ -130,8 +133,7 @@ class MaskedImages:
 
         One forward; 0 where nothing is scored. The recorded trajectory, random masks and the fully hidden image are all contexts.
         """
-        if which not in WHICH:
-            raise UsageError(f"There is no log-probability '{which}'; there are {', '.join(WHICH)}.")
+        self._check(which)
         scored = hidden_BN if scored_BN is None else scored_BN
         if (scored & ~hidden_BN).any():
             raise UsageError("Only hidden tokens have log-probabilities in a masked model; some that are to be scored are visible.")
@@ -140,6 +142,27 @@ class MaskedImages:
         logits = self._logits_at(self.to_width(prompts), policy, which)(codes.masked_fill(hidden_BN, HIDDEN), slots)
         picked = (logits / policy.temperature).log_softmax(-1).gather(-1, codes.gather(1, slots)[..., None])[..., 0]
         return torch.zeros_like(trajectory.log_prob).scatter(1, slots, picked * scored.gather(1, slots))
+
+    def log_prob_blank(self, prompts: Prompts, trajectory: Trajectory, scored_BN: Tensor | None = None, which: Which = "guided") -> Tensor:
+        """[B, N] float32 log-probabilities, with gradients, of the scored codes (all by default) when the whole image is hidden.
+
+        What the model says then depends on the prompt alone, so P prompts serve P * G trajectories, G in turn for each, with one forward of
+        P rows. The output layer works on the places that any of a prompt's trajectories needs; elsewhere the result is 0.
+        """
+        self._check(which)
+        if len(trajectory) % len(prompts):
+            raise UsageError(f"{len(trajectory)} trajectories cannot be divided among {len(prompts)} prompts; each needs as many, in turn.")
+        codes_PGN = trajectory.actions.unflatten(0, (len(prompts), -1))
+        scored_PGN = torch.ones_like(codes_PGN, dtype=torch.bool) if scored_BN is None else scored_BN.view(codes_PGN.shape)
+        wanted_PN = scored_PGN.any(1)
+        slots_PK = first_slots(wanted_PN, int(wanted_PN.sum(1).max()))
+        blank_PN = torch.full(wanted_PN.shape, HIDDEN, device=self.device)
+        logits_PKV = self._logits_at(self.to_width(prompts), trajectory.policy, which)(blank_PN, slots_PK)
+        slots_PGK = slots_PK[:, None].expand(-1, codes_PGN.shape[1], -1)
+        drawn_PKG = codes_PGN.gather(2, slots_PGK).transpose(1, 2)
+        picked_PGK = (logits_PKV / trajectory.policy.temperature).log_softmax(-1).gather(-1, drawn_PKG).transpose(1, 2)
+        whole_PGN = torch.zeros_like(trajectory.log_prob).view(codes_PGN.shape)
+        return whole_PGN.scatter(2, slots_PGK, picked_PGK * scored_PGN.gather(2, slots_PGK)).flatten(0, 1)
 
     def supervised_loss(
         self, prompts: Prompts, pixels_BCHW: Tensor, seeds: Sequence[int], blank_B: Tensor | None = None, given: Supervision | None = None
@@ -185,6 +208,10 @@ class MaskedImages:
         return self.vq.decode(codes_BN, self.grid).clamp(0, 1)
 
     # Inside
+
+    def _check(self, which: str) -> None:
+        if which not in WHICH:
+            raise UsageError(f"There is no log-probability '{which}'; there are {', '.join(WHICH)}.")
 
     def _questions(self, texts: Sequence[str], pictures: Pictures) -> list[list[int]]:
         """Token ids of the questions, with the codes of their pictures."""

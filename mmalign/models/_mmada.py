@@ -73,6 +73,8 @@ class MmadaText:
 class Mmada(SquarePictures, Llada):
     """An MMaDA of any size."""
 
+    text_slots = TEXT_SLOTS
+
     def __init__(self, net: Any, text: Any, layout: TokenLayout, vq: Magvit, n_image: int) -> None:
         super().__init__(net)
         self.text, self.layout, self.vq = text, layout, vq

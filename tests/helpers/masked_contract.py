@@ -60,6 +60,35 @@ def any_context_can_be_scored(model):
         model.log_prob_given(prompts, trajectory, half.expand_as(everything), everything)
 
 
+def the_hidden_state_is_shared_by_a_prompts_samples(model):
+    """One forward for each prompt gives the values and gradients of one for each sample; unscored places cost and say nothing."""
+    prompts = model.encode_prompts(TEXTS[:2])
+    repeated = prompts.select([0, 0, 0, 1, 1, 1])
+    trajectory = model.sample(repeated, Policy(3.0), list(range(6)))
+    everything = torch.ones_like(trajectory.step_of, dtype=torch.bool)
+    weights = [model.trunk.layers[0].self_attn.v_proj.weight, model.head.weight]
+    for scored in (None, trajectory.step_of < 2):
+        for which in ("cond", "guided"):
+            shared = model.log_prob_blank(prompts, trajectory, scored, which)
+            alone = model.log_prob_given(repeated, trajectory, everything, scored, which)
+            assert torch.allclose(shared, alone, atol=1e-5)
+            pairs = zip(*(torch.autograd.grad(value.mean(), weights) for value in (shared, alone)), strict=True)
+            assert all((one - other).abs().max() < 1e-6 and other.abs().max() > 1e-3 for one, other in pairs)
+    with pytest.raises(UsageError, match="divided among 2 prompts"):
+        model.log_prob_blank(prompts, trajectory.select([0, 1, 2]))
+    with pytest.raises(UsageError, match="no log-probability 'both'"):
+        model.log_prob_blank(prompts, trajectory, None, "both")
+
+
+def an_order_of_chance_is_scored_and_independent_like_the_other(model):
+    prompts, trajectory = drawn(model, order="random", hidden=model.schedule(5))
+    assert (model.log_prob(prompts, trajectory).exp() - trajectory.log_prob.exp()).abs().max() < 1e-5
+    alone = model.sample(model.encode_prompts(TEXTS[1:2]), trajectory.policy, [2])
+    assert torch.equal(alone.actions[0], trajectory.actions[1]) and torch.equal(alone.step_of[0], trajectory.step_of[1])
+    _, colder = drawn(model, order="random", hidden=model.schedule(5), temperature=0.5)
+    assert torch.equal(colder.step_of, trajectory.step_of) and not torch.equal(colder.actions, trajectory.actions)
+
+
 def branches_differ_as_they_say(model):
     prompts, trajectory = drawn(model, TEXTS[:2])
     weight = model.trunk.layers[0].self_attn.v_proj.weight
@@ -169,6 +198,8 @@ CONTRACT = [
     fresh_ratio_is_one,
     chosen_steps_are_parts_of_the_whole,
     any_context_can_be_scored,
+    the_hidden_state_is_shared_by_a_prompts_samples,
+    an_order_of_chance_is_scored_and_independent_like_the_other,
     branches_differ_as_they_say,
     samples_are_alone_what_they_are_in_company,
     a_sample_is_its_seed,

@@ -68,6 +68,10 @@ class Noise(Protocol):
         """[B, K] standard Gumbel numbers for the order."""
         ...
 
+    def order(self) -> Tensor:
+        """[B, N] uniform numbers for an order that chance alone decides."""
+        ...
+
 
 class Streams:
     """One stream per sample: a code's number and its order's number belong to the seed, the step and the token's place."""
@@ -81,6 +85,9 @@ class Streams:
     def gumbel(self, step: int, slots_BK: Tensor) -> Tensor:
         number = self._at(step, slots_BK, 1).clamp_min(torch.finfo(torch.float64).tiny)
         return -(-number.log()).log().float()
+
+    def order(self) -> Tensor:
+        return self._numbers[:, 0, :, 1]
 
     def _at(self, step: int, slots_BK: Tensor, which: int) -> Tensor:
         return self._numbers[:, step, :, which].gather(1, slots_BK)
@@ -125,6 +132,29 @@ def decode(logits_at: LogitsAt, samples: int, plan: Plan, noise: Noise, temperat
         codes = codes.scatter(1, slots, torch.where(decided, drawn, codes.gather(1, slots)))
         step_of = step_of.scatter(1, slots, torch.where(decided, step, step_of.gather(1, slots)))
         log_prob_BN = log_prob_BN.scatter(1, slots, torch.where(decided, log_prob, log_prob_BN.gather(1, slots)))
+    return Decoded(codes, step_of, log_prob_BN)
+
+
+def emerge(logits_at: LogitsAt, schedule: Sequence[float], noise: Noise, temperature: float, is_fixed: bool) -> Decoded:
+    """Fill samples in a random order (MaskGRPO's emerge sampler, martian422/MaskGRPO at b74ba3c): a token that is hidden at a share k_t
+    stays so at the next k_s with probability k_s / k_t, on its own, so the tokens of a step are a binomial number.
+
+    Its step follows from one number of its own, drawn beforehand, so logits are made for the tokens of each step alone; with `is_fixed`
+    for all tokens, so that shapes do not depend on other samples.
+    """
+    number_BN = noise.order()
+    step_of = (number_BN[..., None] >= 1 - torch.tensor(schedule, dtype=torch.float64, device=number_BN.device)).sum(-1)
+    step_of = step_of.clamp(max=len(schedule) - 1)  # the last share of a cosine is zero up to rounding
+    codes, log_prob_BN = torch.full_like(step_of, HIDDEN), torch.zeros(step_of.shape, device=step_of.device)
+    for step in range(len(schedule)):
+        now_BN = step_of == step
+        slots = first_slots(now_BN, step_of.shape[1] if is_fixed else int(now_BN.sum(1).max()))
+        is_now = now_BN.gather(1, slots)
+        log_prob = (logits_at(codes, slots) / temperature).log_softmax(-1)
+        drawn = noise.codes(log_prob, step, slots, is_now)
+        picked = log_prob.gather(-1, drawn[..., None])[..., 0]
+        codes = codes.scatter(1, slots, torch.where(is_now, drawn, codes.gather(1, slots)))
+        log_prob_BN = log_prob_BN.scatter(1, slots, torch.where(is_now, picked, log_prob_BN.gather(1, slots)))
     return Decoded(codes, step_of, log_prob_BN)
 
 
