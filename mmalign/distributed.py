@@ -122,8 +122,21 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
     return whole
 
 
-def save_state(folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
-    """Writes tensors (plain or sharded) and a JSON manifest to `folder`. A crash at any moment leaves a whole folder or none."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The live state of AdamW by parameter name, to be saved or filled; AdamW makes it at its first step, loading needs it before."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        tensors |= {f"{name}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def save_state(folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], companions: Mapping[str, Tensor] = {}) -> None:
+    """Writes tensors (plain or sharded), those of companions, and a JSON manifest to `folder`. A crash at any moment leaves a whole
+    folder or none."""
     import torch.distributed.checkpoint as checkpoint
 
     aside = folder.with_name(folder.name + ".tmp")
@@ -133,7 +146,7 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[st
     barrier()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        checkpoint.save(dict(tensors), storage_writer=checkpoint.HuggingFaceStorageWriter(str(aside), save_distributed=True))
+        checkpoint.save({**tensors, **companions}, storage_writer=checkpoint.HuggingFaceStorageWriter(str(aside), save_distributed=True))
     barrier()
     if rank() == 0:
         with (aside / MANIFEST).open("w") as file:
@@ -148,18 +161,28 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[st
 
 def load_state(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Fills the given tensors in place from a folder that `save_state` wrote with any number of processes; returns the manifest."""
-    import torch.distributed.checkpoint as checkpoint
-
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = load_manifest(folder)
     if manifest["tensors"] != len(tensors):
         raise MmalignError(
             f"The training state in {folder} holds {manifest['tensors']} tensors, this run has {len(tensors)}: its model, LoRA or EMA "
             "options differ. Use the options it was started with, or another --run folder."
         )
+    fill(folder, tensors)
+    return manifest
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return found
+
+
+def fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fills some of a folder's tensors in place."""
+    import torch.distributed.checkpoint as checkpoint
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         checkpoint.load(dict(tensors), storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)))
-    return manifest
 
 
 def latest_state(parent: Path) -> Path | None:

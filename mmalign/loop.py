@@ -81,6 +81,7 @@ class Loop:
         self.step = 0
         self._figures: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
+        self._companions: dict[str, Tensor] = {}
         _choose_parts(model, config.parts)
         if config.lora_rank:
             _add_lora(model, config)
@@ -237,13 +238,24 @@ class Loop:
             os.rename(aside, folder)
         distributed.barrier()
 
+    def join(self, name: str, state: dict[str, Tensor]) -> None:
+        """Takes along what else a trainer learns, as live tensors: saved with the state, and filled now when the run continues. Each
+        process has its own; with another number of processes they continue from those that are there."""
+        number = distributed.rank()
+        folder = distributed.latest_state(self.run / "state")
+        if folder is not None:
+            processes = distributed.load_manifest(folder)["processes"]
+            with torch.no_grad():
+                distributed.fill(folder, {f"{name}.{number % processes}.{key}": value for key, value in state.items()})
+        self._companions |= {f"{name}.{number}.{key}": value for key, value in state.items()}
+
     # -- state ------------------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """The whole training state under state/step-<n>; older ones go, two stay."""
         folder = self.run / "state" / f"step-{self.step:06d}"
         manifest = {"step": self.step, "config": digest(configs.plain(self.config)), "processes": distributed.world()}
-        distributed.save_state(folder, self._tensors(), manifest)
+        distributed.save_state(folder, self._tensors(), manifest, self._companions)
         if distributed.rank() == 0:
             import shutil
 
@@ -253,13 +265,9 @@ class Loop:
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": value.detach() for name, value in self.parameters.items()}
         tensors |= {f"average.{name}": value for name, value in self._average.items()}
-        for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
-            if not state:  # AdamW fills its state at the first step; loading needs it before
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
-        return tensors
+        return tensors | {
+            f"optimizer.{name}": value for name, value in distributed.optimizer_tensors(self.optimizer, self.parameters).items()
+        }
 
     def _resume(self) -> None:
         folder = distributed.latest_state(self.run / "state")

@@ -191,6 +191,6 @@ def test_attribution_uses_fast_shap_until_the_head_is_good_enough() -> None:
     head = AmortisedHead(scorer, 3, Amortised(share=1.0))
     first = attribute(Attribution(tool="amortised", grid=6), scorer, pictures(), PROMPTS, head)
     assert first.tool == "fast_shap" and first.evaluations == pytest.approx(90 + 1 + 2 * 10)
-    head.fidelity = 1.0
+    head.memory[2] = 1.0
     later = attribute(Attribution(tool="amortised", grid=6), scorer, pictures(), PROMPTS, head)
     assert later.tool == "amortised" and later.evaluations == pytest.approx(3 + 1 + 2 * 10)

@@ -111,6 +111,30 @@ def test_a_killed_run_continues_bit_for_bit(undisturbed, checkpoint, prompts, tm
     assert albums[0].files[0].read_bytes() != albums[2].files[0].read_bytes()
 
 
+def test_what_learns_beside_the_model_continues_too(checkpoint, prompts, tmp_path):
+    """The amortised head of dense_grpo: its state after 2 + kill + 1 steps is that of 3, to the bit."""
+    more = ("--reward", "clipscore=1", "--set", "clipscore.model=tiny-clip", "--attribution", "amortised", "--tool", "{grid: 8}")
+    arguments = [words(checkpoint, prompts, tmp_path / name, *more, trainer="dense_grpo", steps=3) for name in ("whole", "killed")]
+    assert run_here(*arguments[0]) == 0
+    process = launch(arguments[1])
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "killed/state/step-000002/manifest.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    assert run_here(*arguments[1]) == 0
+    whole, killed = (head_of(tmp_path / name / "state" / "step-000003") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert float(whole["head.0.memory"][0]) == 3 and any(name.endswith("exp_avg") for name in whole)
+
+
+def head_of(folder):
+    from safetensors.torch import load_file
+
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items() if name.startswith("head.")}
+
+
 def test_lines_of_a_run_that_died_before_its_first_state_are_not_kept(checkpoint, prompts, tmp_path):
     run = tmp_path / "early"
     run.mkdir()

@@ -43,7 +43,7 @@ class Config(ar.AutoregressiveConfig):
 
 def train(config: Config, model: Any, reward: Reward, prompts: Sequence[Prompt], loop: Loop) -> None:
     scorer = explained_scorer(reward, config.explain, config.attribution)
-    head = None
+    head = make_head(scorer, model, loop) if config.attribution == "amortised" else None
     for _ in loop.steps():
         with loop.timer("rollout"):
             rollout = ar.make_rollout(model, loop, loop.draw(prompts, config.prompts_per_step), config)
@@ -52,8 +52,6 @@ def train(config: Config, model: Any, reward: Reward, prompts: Sequence[Prompt],
         advantages = ar.advantages_of(scored, config)
         advantage_B = advantages.value.flatten()
         with loop.timer("attribution"), loop.rollout(), torch.enable_grad():
-            if config.attribution == "amortised" and head is None:
-                head = make_head(scorer, rollout.pixels)
             weight_BN = credit(config, scorer, model, rollout, advantage_B, loop, head)
         ar.update(model, loop, rollout, advantage_B, config, weight_BN)
         ar.log_rewards(loop, scored, advantages)
@@ -107,8 +105,12 @@ def explained_scorer(reward: Reward, name: str, tool: str) -> Scorer:
     return next((scorer for scorer in reward.scorers.values() if isinstance(scorer, PixelScorer)), first)
 
 
-def make_head(scorer: Scorer, pixels_BCHW: Tensor) -> AmortisedHead:
+def make_head(scorer: Scorer, model: Any, loop: Loop) -> AmortisedHead:
+    """The head of the tool `amortised`, which learns beside the model and continues with it."""
     if not isinstance(scorer, FeatureScorer):
         raise UsageError(f"The tool 'amortised' needs a scorer that shows its patch features; '{scorer.name}' does not. Use fast_shap.")
-    channels = scorer.patch_tokens(pixels_BCHW[:1]).shape[1]
-    return AmortisedHead(scorer, channels, device=str(pixels_BCHW.device))
+    with torch.no_grad():
+        channels = scorer.patch_tokens(torch.zeros(1, 3, *model.size, device=model.device)).shape[1]
+    head = AmortisedHead(scorer, channels, device=str(model.device))
+    loop.join("head", head.state())
+    return head

@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmalign import distributed
 from mmalign.attribution.fast_shap import mask_bank
 from mmalign.attribution.game import Game, ends, values
 from mmalign.attribution.maps import resize_bilinear
@@ -47,7 +48,6 @@ class AmortisedHead:
 
     def __init__(self, scorer: FeatureScorer, channels: int, config: Amortised = Amortised(), device: str = "cpu") -> None:
         self.scorer, self.config = scorer, config
-        self.generator = torch.Generator().manual_seed(config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.net = nn.Sequential(
@@ -58,8 +58,22 @@ class AmortisedHead:
                 nn.Conv2d(config.width, 1, 3, padding=1),
             ).to(device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=config.learning_rate)
-        self.scale: float | None = None
-        self.fidelity = float("nan")
+        self.memory = torch.tensor([0.0, torch.nan, torch.nan], dtype=torch.float64)  # steps done, scale, fidelity
+
+    @property
+    def scale(self) -> float:
+        """Spread of the first answers, in which the head speaks; nan before any step."""
+        return float(self.memory[1])
+
+    @property
+    def fidelity(self) -> float:
+        return float(self.memory[2])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, as live tensors: to be saved, or filled."""
+        parameters = dict(self.net.named_parameters())
+        optimizer = {f"optimizer.{name}": value for name, value in distributed.optimizer_tensors(self.optimizer, parameters).items()}
+        return {**{f"net.{name}": value.detach() for name, value in parameters.items()}, **optimizer, "memory": self.memory}
 
     def predict(self, game: Game) -> Tensor:
         """Credit [B, h, w] in units of the scale, before the sum is set; with graph."""
@@ -73,20 +87,21 @@ class AmortisedHead:
     def step(self, game: Game) -> dict[str, float]:
         """Plays a random share of the pictures on a few trained and a few spare pairs; one optimiser step. Returns loss and fidelity."""
         number = max(1, round(self.config.share * game.count))
-        chosen = torch.randperm(game.count, generator=self.generator)[:number].sort().values.to(game.device)
+        generator = torch.Generator().manual_seed(self.config.seed + int(self.memory[0]))
+        chosen = torch.randperm(game.count, generator=generator)[:number].sort().values.to(game.device)
         part = game.part(chosen)
         trained = self.config.bank - self.config.spare
         pick = torch.cat(
             [
-                torch.randperm(trained, generator=self.generator)[: self.config.pairs],
-                trained + torch.randperm(self.config.spare, generator=self.generator)[: max(2, self.config.pairs // 4)],
+                torch.randperm(trained, generator=generator)[: self.config.pairs],
+                trained + torch.randperm(self.config.spare, generator=generator)[: max(2, self.config.pairs // 4)],
             ]
         )
         bank = mask_bank(game.grid, self.config.bank, self.config.seed)[pick].to(game.device)
         found = values(part, torch.cat([bank, ~bank]))
         answers = (found[:, : len(bank)] - found[:, len(bank) :]).float()
-        if self.scale is None:
-            self.scale = float(answers.std().clamp(min=1e-12))
+        if self.scale != self.scale:
+            self.memory[1] = float(answers.std().clamp(min=1e-12))
         signs = rearrange(bank, "p h w -> p (h w)").float() * 2 - 1
         with torch.enable_grad():
             said = self.predict(part).flatten(1) @ signs.T
@@ -94,6 +109,7 @@ class AmortisedHead:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
         self.optimizer.step()
+        self.memory[0] += 1
         game.evaluations += part.evaluations * number / game.count
         self._watch(said[:, self.config.pairs :].detach(), answers[:, self.config.pairs :])
         return {"loss": float(loss.detach()), "fidelity": self.fidelity}
@@ -101,7 +117,7 @@ class AmortisedHead:
     def _watch(self, said: Tensor, answers: Tensor) -> None:
         pair = torch.stack([said.flatten(), answers.flatten()])
         now = float(torch.corrcoef(pair)[0, 1].nan_to_num())
-        self.fidelity = now if self.fidelity != self.fidelity else 0.9 * self.fidelity + 0.1 * now
+        self.memory[2] = now if self.fidelity != self.fidelity else 0.9 * self.fidelity + 0.1 * now
 
     def explain(self, game: Game) -> Tensor:
         """Credit [B, h, w], float64, whose sum is v(whole) - v(empty); three evaluations for a picture."""
@@ -112,6 +128,6 @@ class AmortisedHead:
             )
         full, empty = ends(game)
         with torch.no_grad():
-            credit = self.predict(game).double() * (self.scale or 1.0)
+            credit = self.predict(game).double() * self.scale
         short = full - empty - credit.sum((1, 2))
         return credit + (short / (game.grid[0] * game.grid[1]))[:, None, None]
