@@ -175,7 +175,7 @@ def kl(log_prob: Float[Tensor, "B S"], reference: Float[Tensor, "B S"], form: KL
         case "k2":
             return d**2 / 2
         case "k3":
-            return d.exp() - d - 1
+            return d.expm1() - d  # exp(d) - 1 as one function: the difference of two ones rounds below 0 for small d
 
 
 def sequence_probability(
