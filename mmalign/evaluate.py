@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import config as configs
-from mmalign import provenance, stats
+from mmalign import judge as judges
+from mmalign import protocol, provenance, stats
 from mmalign import results as artefacts
 from mmalign.executors import Executor, Session
 from mmalign.store import Scored, Store, content_of, image_path, slug
@@ -126,13 +127,7 @@ def plan(job: Job, executor: Executor, results: Path, *, report: Report = _silen
     store = Store.read(run_directory(results, job))
     try:
         samples = store.samples(made.requests)
-        contents = {
-            made.score_key(key, scorer): content_of(sample)
-            for scorer in scorers
-            for key, sample in samples.items()
-            if isinstance(sample, Sample)
-        }
-        scores = store.scores(contents)
+        scores = {key: scored for name in scorers for key, scored in _kept(made, name, samples, store).items()}
     finally:
         store.close()
     failures = sum(isinstance(one, Failure) for one in (*samples.values(), *(scored.score for scored in scores.values())))
@@ -168,15 +163,37 @@ def evaluate(
             made = _plan(job, model.description, scorers)
             if retry_failed:
                 store.drop_failures(made.requests, made.score_keys())
+            _check_judges(made, store)
             samples, cached = _generate(made, model, store, batch, report)
         scores = {name: _score(made, name, executor, samples, store, score_batch or batch, report) for name in scorers}
         report(Progress("aggregate", job.suite))
-        rows = [_row(request, samples[key], {name: scores[name].get(key) for name in scorers}) for key, request in made.requests.items()]
+        worth = protocol.refused(job.evaluator)
+        rows = [
+            _row(request, samples[key], {name: scores[name].get(key) for name in scorers}, worth) for key, request in made.requests.items()
+        ]
         counts = _counts(rows, store.retried(made.requests, made.score_keys()))
         origin = provenance.collect(command, started) | {**made.model.environment, "cached": cached, "warnings": _warnings(made, rows)}
         result = _result(made, rows, counts, origin)
         artefacts.write(directory, result, rows)
     return result
+
+
+def _kept(made: Plan, name: str, samples: Mapping[str, Sample | Failure], store: Store) -> dict[str, Scored]:
+    """What the store holds of a scorer's values and failures, by score key."""
+    present = {made.score_key(key, name): sample for key, sample in samples.items() if isinstance(sample, Sample)}
+    return store.scores({key: content_of(sample) for key, sample in present.items()})
+
+
+def _check_judges(made: Plan, store: Store) -> None:
+    """MmalignError when a judge that is still to be asked cannot be: an absent key must not surface after hours of drawing."""
+    samples = store.samples(made.requests)
+    holes = sum(isinstance(sample, Failure) for sample in samples.values())
+    for name, scorer in made.scorers.items():
+        judge = scorer.facts.get("judge")
+        if not judge or holes + len(_kept(made, name, samples, store)) == len(made.requests):
+            continue
+        if absence := judges.absence(**judge):
+            raise MmalignError(f"The scorer '{name}' has nobody to ask. {absence}")
 
 
 def _describe(executor: Executor, recipe: Recipe, report: Report) -> Description:
@@ -204,7 +221,7 @@ def _plan(job: Job, model: Description, scorers: Mapping[str, Description]) -> P
     keyed = {request.key(model.fingerprint): request for request in requests}
     if len(keyed) < len(requests):
         raise MmalignError(f"Two items of the suite '{job.suite}' have the same prompt, seed and index, so they would be one image.")
-    made = Plan(job, model, scorers, prompts, keyed, _deviations(job, model, scorers, len(everything)), run="")
+    made = Plan(job, model, scorers, prompts, keyed, protocol.deviations(job, model, scorers, len(everything)), run="")
     identity = digest("run", job.card.hash, configs.plain(job.evaluator), sorted(keyed), sorted(made.score_keys()))
     return replace(made, run=identity[:12])
 
@@ -227,34 +244,6 @@ def _spread(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
     in_turn = [prompt for round_ in zip_longest(*by_tag.values()) for prompt in round_ if prompt is not None]
     chosen = {prompt.id for prompt in in_turn[:limit]}
     return [prompt for prompt in prompts if prompt.id in chosen]
-
-
-def _deviations(job: Job, model: Description, scorers: Mapping[str, Description], available: int) -> tuple[Deviation, ...]:
-    """Every point in which the job differs from the card or from the defaults that go with it."""
-    card = job.card
-    asked = [
-        ("split", "test", job.split),
-        ("limit", f"{available} prompts", available if job.limit is None else min(job.limit, available)),
-        ("images_per_prompt", card.images_per_prompt, job.images_per_prompt),
-        ("size", card.size, None if job.size is None else f"{job.size[0]}x{job.size[1]}"),
-        ("seed", card.seed, job.seed),
-    ]
-    if job.split == "test":
-        asked.append(("prompts", card.prompts, available))
-    found = [Deviation(name, str(official), str(used)) for name, official, used in asked if used is not None and used != official]
-    found = [one for one in found if not (one.field == "limit" and one.used == str(available))]
-    evaluator = configs.plain(job.evaluator)
-    found += _changed(job.suite, configs.plain(type(job.evaluator)()), evaluator)
-    for name, scorer in scorers.items():
-        own = [Deviation(**deviation) for deviation in scorer.facts.get("deviations", ())]  # what the scorer knows of itself comes first
-        told = {deviation.field for deviation in own}
-        protocol = {**scorer.defaults, **getattr(job.evaluator, "scorer_options", {}).get(name, {})}
-        found += own + [one for one in _changed(name, protocol, scorer.options) if one.field not in told]
-    return (*found, *_changed("sampling", model.defaults, model.options))
-
-
-def _changed(root: str, defaults: Mapping[str, Any], used: Mapping[str, Any]) -> list[Deviation]:
-    return [Deviation(f"{root}.{name}", str(defaults.get(name)), str(value)) for name, value in used.items() if value != defaults.get(name)]
 
 
 # -- generate and score -------------------------------------------------------------------------------------------------------------
@@ -289,7 +278,7 @@ def _score(
     """The score or failure of every sample there is, by sample key. The scorer is loaded only when something is left to score."""
     present = {key: sample for key, sample in samples.items() if isinstance(sample, Sample)}
     score_keys = {key: made.score_key(key, name) for key in present}
-    kept = store.scores({score_keys[key]: content_of(sample) for key, sample in present.items()})
+    kept = _kept(made, name, samples, store)
     scores = {key: kept[score_key].score for key, score_key in score_keys.items() if score_key in kept}
     todo = [key for key in present if key not in scores]
     failed = sum(isinstance(score, Failure) for score in scores.values())
@@ -328,7 +317,12 @@ def _check_unchanged(before: Description, now: Description) -> None:
 # -- aggregate ----------------------------------------------------------------------------------------------------------------------
 
 
-def _row(request: Request, sample: Sample | Failure, scores: Mapping[str, Value | Failure | None]) -> Row:
+def _row(
+    request: Request, sample: Sample | Failure, scores: Mapping[str, Value | Failure | None], refused: Mapping[str, Value] = {}
+) -> Row:
+    if isinstance(sample, Failure) and sample.kind == "refusal" and refused:
+        told = f"The model declined: {sample.message}"
+        return Row(request, Sample(request), {name: replace(value, detail=told) for name, value in refused.items()})
     if isinstance(sample, Failure):
         return Row(request, sample, dict.fromkeys(scores, sample))
     return Row(request, replace(sample, request=request), {name: score for name, score in scores.items() if score is not None})
@@ -343,8 +337,8 @@ def _counts(rows: Sequence[Row], retried: int) -> Counts:
 def _result(made: Plan, rows: Sequence[Row], counts: Counts, origin: Mapping[str, Any]) -> Result:
     job, model = made.job, made.model
     measured = _metrics(job, made, rows)
-    headline = measured.get(job.card.headline)
-    whole = not counts.failed and headline is not None and headline.value is not None
+    first = protocol.headline(job.evaluator, job.card)
+    whole = not counts.failed and measured[first].value is not None
     status: Status = "partial" if len(made.prompts) < len(job.evaluator.prompts(job.split)) else "complete" if whole else "incomplete"
     return Result(
         run=made.run,
@@ -377,7 +371,7 @@ def _result(made: Plan, rows: Sequence[Row], counts: Counts, origin: Mapping[str
         },
         counts=counts,
         metrics=measured,
-        headline=job.card.headline,
+        headline=first,
         status=status,
         deviations=made.deviations,
         rows_digest=artefacts.rows_digest(rows),
@@ -387,7 +381,8 @@ def _result(made: Plan, rows: Sequence[Row], counts: Counts, origin: Mapping[str
 
 def _metrics(job: Job, made: Plan, rows: Sequence[Row]) -> dict[str, Metric]:
     """Every metric on the rows without holes, with its interval; with holes also between what it would lie without them."""
-    better = {job.card.headline: job.card.higher_is_better, **getattr(job.evaluator, "higher_is_better", {})}
+    headline = protocol.headline(job.evaluator, job.card)
+    better = {headline: job.card.higher_is_better, **getattr(job.evaluator, "higher_is_better", {})}
     scored = [row for row in rows if row.failure is None]
     measured: dict[str, Metric] = {}
     if scored:
@@ -397,7 +392,7 @@ def _metrics(job: Job, made: Plan, rows: Sequence[Row]) -> dict[str, Metric]:
     ranges = {name: scorer.facts["range"] for name, scorer in made.scorers.items()}
     measured = _within(measured, _possible(scored, _finite(job.evaluator.aggregate), ranges))
     undefined = Metric(None, None, None, 0, 0)
-    measured.setdefault(job.card.headline, replace(undefined, higher_is_better=better[job.card.headline]))
+    measured.setdefault(headline, replace(undefined, higher_is_better=better[headline]))
     if len(scored) < len(rows):
         for name, span in stats.bounds(rows, _finite(job.evaluator.aggregate), ranges).items():
             measured[name] = replace(measured.get(name, undefined), bounds=span, higher_is_better=better.get(name, True))
@@ -454,6 +449,9 @@ def _warnings(made: Plan, rows: Sequence[Row]) -> list[str]:
         values = [score.x for row in rows if isinstance(score := row.scores.get(name), Value)]
         if len(values) >= ALIKE and len(set(values)) == 1:
             found.append(f"All {len(values)} values of the scorer '{name}' are {values[0]:g}; look at its rows before you quote a number.")
+        judge = made.scorers[name].facts.get("judge")
+        if judge and judges.is_alias(judge["model"], judge["base_url"]):
+            found.append(f"The judge {judge['model']} of '{name}' is a moving alias: the rows say which model answered. Name a dated one.")
         if name in made.job.model_facts.get("trained_on_rewards", ()):
             found.append(f"The model was trained on '{name}' as a reward, so this number measures fit to the reward, not transfer.")
     alarms = getattr(made.job.evaluator, "alarms", None)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mmalign import config, doctor, hub, registry
+from mmalign import config, doctor, hub, protocol, registry
 from mmalign.evaluate import Job, Plan, run_directory
 from mmalign.executors import Executor, Inline, Processes
 from mmalign.store import Store
 from mmalign.types import Evaluator, Sample, UsageError
 from mmalign.worker import Recipe
 
+ALL = "all"
 Sets = Mapping[str, Mapping[str, str]]
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
     """One job per suite named, everything about it checked that can be checked without loading weights."""
     sets = config.parse_sets(options.set)
-    suites = [registry.find("evaluators", name, options.plug) for name in names(options.suite)]
+    every = registry.entries("evaluators", options.plug)
+    suites = list(every.values()) if is_all(options) else [registry.find("evaluators", name, options.plug) for name in names(options.suite)]
     spec, model = model_recipe(options, sets)
     facts = {"family": spec.family, "source": options.model, "revision": spec.revision, "dtype": model.arguments["dtype"]}
     trained = hub.training_facts(spec.path)
@@ -37,7 +39,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
                 evaluator=evaluator,
                 card=registry.card(entry),
                 model_name=spec.name,
-                model=model,
+                model=with_protocol(model, evaluator),
                 scorers=scorers,
                 model_facts=facts,
                 split=options.split,
@@ -57,6 +59,20 @@ def model_recipe(options: argparse.Namespace, sets: Sets) -> tuple[hub.ModelSpec
     dtype = options.dtype or ("float32" if devices(options.device) == ("cpu",) else "bfloat16")
     arguments = {"path": spec.path, "dtype": dtype, "extra": options.model_extra}
     return spec, Recipe(registry.find("models", spec.family, options.plug), sets.get("sampling", {}), arguments)
+
+
+def is_all(options: argparse.Namespace) -> bool:
+    """Whether every suite is asked for: then those that cannot run here are left out and named, and the others run."""
+    return bool(options.suite.strip().lower() == ALL)
+
+
+def with_protocol(model: Recipe, evaluator: Evaluator) -> Recipe:
+    """The model with the sampling settings of a suite's protocol and, over these, those that were set."""
+    if not hasattr(evaluator, "sampling_options"):
+        return model
+    known = [item.name for item in fields(registry.load(model.entry).Sampling)]
+    typed = {option.replace("-", "_"): value for option, value in model.overrides.items()}
+    return replace(model, overrides={**protocol.sampling(evaluator, known), **typed})
 
 
 def suite_scorers(evaluator: Evaluator, sets: Sets, plugs: Sequence[Path]) -> dict[str, Recipe]:

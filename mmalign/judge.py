@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from mmalign import reach
 from mmalign.config import Secret
 from mmalign.types import Failure, MmalignError
 
@@ -26,6 +27,8 @@ ImageKind = Literal["png", "jpeg", "jpeg75"]  # without loss; JPEG of quality 95
 
 KEPT = 2000  # characters of a raw reply that a Failure's message keeps
 FATAL = (401, 403, 404)
+OPENAI = "https://api.openai.com"
+DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{4})$")
 _DECLINES = (
     r"i(?:'|’)?m sorry|i am sorry|i apologi[sz]e|i can(?:'|’)?t|i cannot|i won(?:'|’)t"
     r"|i(?:'|’)m (?:not able|unable)|i am (?:not able|unable)"
@@ -91,6 +94,25 @@ class Usage:
     prompt_tokens: int = 0
     answer_tokens: int = 0
     models: Counter[str] = field(default_factory=Counter)
+
+
+def absence(model: str, base_url: str, key: str) -> str:
+    """Why a judge cannot be asked at all, and the remedy, in whole sentences; "" when it can. Takes seconds and puts no question to it.
+
+    `key` is the name of the secret that opens OpenAI's own endpoint.
+    """
+    if not base_url and not Secret(key).is_set():
+        return f"The judge {model} at OpenAI needs a key. Export {key}, put it into .env, or name a server of your own with base_url."
+    silence = reach.silence(base_url or OPENAI)
+    if not silence:
+        return ""
+    remedy = f"Start it there (`vllm serve {model}`), or name another with base_url." if base_url else "Bring this machine online."
+    return f"The judge {model} cannot be asked: {silence}. {remedy}"
+
+
+def is_alias(model: str, base_url: str) -> bool:
+    """Whether a name of OpenAI's bears no date, so that another model may answer to it tomorrow."""
+    return not base_url and DATED.search(model) is None
 
 
 class Judge:

@@ -13,7 +13,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of what to run and where. A new setting belongs to the dataclass of its file (--set), not here."""
     what = parser.add_argument_group("what")
     what.add_argument("--model", required=True, metavar="MODEL", help="a bundled name, PATH, FAMILY:PATH or hub id")
-    what.add_argument("--suite", required=True, metavar="NAME[,NAME]", help="suites, separated by commas")
+    what.add_argument("--suite", required=True, metavar="NAME[,NAME]", help="suites, separated by commas, or all: those that can run here")
     add_evaluation_options(parser, what)
 
 

@@ -1,4 +1,4 @@
-"""Whether the model hub answers, asked once within seconds: a machine without a network then says so instead of trying on and on.
+"""Whether a server answers at all, asked once within seconds: a machine without a network then says so instead of trying on and on.
 
 huggingface_hub repeats a failed request for half a minute, and loading one scorer makes several requests. Whoever is about to look
 something up there passes `local_files_only=is_cache_only(spec)`: while the hub is silent, only the local cache is asked. Standard library
@@ -13,6 +13,7 @@ import ssl
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from functools import lru_cache
 from pathlib import Path
@@ -30,9 +31,13 @@ def hub_silence() -> str:
     """Why the hub is not asked, as a clause for a sentence; "" when it answers. Takes PATIENCE at most, and that once in MEMORY."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
-    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    patience = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or PATIENCE)
-    return _asked(address, patience, int(time.monotonic() // MEMORY))
+    return silence(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or PATIENCE))
+
+
+def silence(address: str, patience: float = PATIENCE) -> str:
+    """Why a server cannot be asked, as a clause for a sentence; "" when it gives any answer. One question in MEMORY for each server."""
+    whole = urllib.parse.urlsplit(address)
+    return _asked(f"{whole.scheme}://{whole.netloc}", patience, int(time.monotonic() // MEMORY))
 
 
 def hub_fault(error: BaseException, spec: str = "") -> str:
@@ -57,9 +62,11 @@ def _asked(address: str, patience: float, period: int) -> str:
 
 
 def _ask(address: str, patience: float) -> str:
-    """ "" when the hub, or the proxy that the environment names, gives any answer: an error of its own is the library's to report."""
+    """ "" when the server, or the proxy that the environment names, gives any answer: an error of its own is the library's to report."""
+    is_here = urllib.parse.urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")  # no proxy is asked for this machine's own
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_here else []))
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=patience):
+        with opener.open(urllib.request.Request(address, method="HEAD"), timeout=patience):
             return ""
     except urllib.error.HTTPError:
         return ""

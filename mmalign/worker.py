@@ -50,8 +50,9 @@ class Recipe:
 class Description:
     """What a loaded object says of itself, as JSON-able data: all that keys, plans and results need of it.
 
-    `facts` of a model: family, capabilities, determinism; of a scorer: range. `options` are the values in force and `defaults` those
-    without overrides: sampling settings of a model, Config of a scorer. `environment`: torch and device where torch is loaded.
+    `facts` of a model: family, capabilities, determinism; of a scorer: range, metric_name, deviations, judge. `options` are the values
+    in force and `defaults` those without overrides: sampling settings of a model, Config of a scorer. `environment`: torch and device
+    where torch is loaded.
     """
 
     name: str
@@ -177,8 +178,15 @@ def _load_scorer(module: Any, recipe: Recipe, device: str) -> tuple[Any, Descrip
         "range": (float(low), float(high)),
         "metric_name": getattr(scorer, "metric_name", scorer.name),
         "deviations": [asdict(deviation) for deviation in getattr(scorer, "deviations", ())],
+        "judge": _judge(scorer),
     }
     return scorer, Description(scorer.name, scorer.fingerprint, facts, options, defaults, _environment(device))
+
+
+def _judge(scorer: Scorer) -> dict[str, str]:
+    """Whom the scorer asks, for judge.absence; empty for one that judges by itself."""
+    endpoint = getattr(getattr(scorer, "judge", None), "endpoint", None)
+    return {} if endpoint is None else {"model": endpoint.model, "base_url": endpoint.base_url, "key": endpoint.key.name}
 
 
 def _environment(device: str) -> dict[str, str]:

@@ -165,6 +165,47 @@ def test_plan_writes_nothing_and_names_deviations(say: Say, tmp_path: Path) -> N
     assert "unknown before the first images" in out
 
 
+ABSENT = (
+    FILES["red_things.py"]
+    .replace("red things", "blue things")
+    .replace(
+        "    def prompts(self",
+        "    def prompts(self, split='test'):\n        from mmalign.types import MmalignError\n\n"
+        "        raise MmalignError('The data are not here. Bring them.')\n\n    def old_prompts(self",
+    )
+)
+WEIGHTLESS = FILES["redness.py"].replace("    return Redness(", "    raise OSError('no weights')\n    return Redness(")
+
+
+def test_all_runs_what_can_run_and_names_the_rest(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmalign.registry._built_ins", lambda kind: [])
+    (tmp_path / "blue_things.py").write_text(ABSENT)
+    (tmp_path / "green_things.py").write_text(FILES["red_things.py"].replace('("redness",)', '("greenness",)'))
+    (tmp_path / "greenness.py").write_text(WEIGHTLESS)
+    for name in ("blue_things", "green_things"):
+        (tmp_path / f"{name}.yaml").write_text((tmp_path / "red_things.yaml").read_text())
+    every = [*RED[:3], "all", *RED[4:], "--plug", "blue_things.py", "--plug", "green_things.py", "--plug", "greenness.py"]
+    code, out, err = say("eval", *every)
+    assert code == 3 and err == "" and "Red things 0." in out and Path("results/weights/red_things/index.html").is_file()
+    left = out[out.index("Left out 2 of 3 suites:\n") :].splitlines()[1:]
+    assert left[0] == "  blue_things   The data are not here. Bring them." and left[1].startswith("  green_things  The scorer 'greenness'")
+    assert "no weights" in left[1]
+    code, out, _ = say("eval", *every, "--json")
+    listed = json.loads(out)
+    assert code == 3 and [item["is_complete"] for item in listed] == [True, False, False]
+    assert listed[1] == {
+        "suite": "blue_things",
+        "status": "left out",
+        "reason": "The data are not here. Bring them.",
+        "is_complete": False,
+    }
+    code, out, _ = say("plan", *every)
+    assert code == 3 and "red_things: 4 prompts, 8 images" in out and "Left out 2 of 3 suites:" in out
+    code, out, err = say("eval", *RED[:3], "blue_things,red_things", *every[4:])
+    assert code == 1 and err.startswith("mmalign: The data are not here"), "a suite that is named must be there"
+    assert say("eval", *RED[:3], "ALL", *RED[4:])[0] == 0, "nothing is left out of one suite that runs"
+
+
 def test_show_config_prints_every_option(say: Say) -> None:
     code, out, _ = say("eval", *RED, "--show-config", "--set", "redness.channel=2")
     assert code == 0 and not Path("results").exists()

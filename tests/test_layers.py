@@ -10,12 +10,12 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"shim", "types"},
     {"registry", "config", "store", "stats", "images", "results", "figures", "screen", "provenance", "pages", "reach", "history", "curves"},
-    {"data", "hub", "judge", "worker", "executors", "evaluate", "gallery"}
-    | {"remote", "serve", "scoring", "reward", "attribution", "grpo", "sde", "trajectory", "loop", "distributed", "trackers"},
+    {"data", "hub", "judge", "worker", "executors", "evaluate", "protocol", "gallery"}
+    | {"remote", "serve", "scoring", "reward", "attribution", "grpo", "sde", "trajectory", "loop", "distributed", "trackers", "pairs"},
     {"models", "scorers", "testbed", "adapters"},
     {"evaluators", "trainers"},
     {"leaderboards", "tables", "report", "training_report", "gain_report", "score_report"},
-    {"doctor", "explain", "jobs", "training", "watch", "options", "verbs", "cli", "__main__"},
+    {"doctor", "explain", "jobs", "training", "watch", "options", "prompts", "verbs", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BROAD_EXCEPT_ALLOWED = {"mmalign/worker.py", "mmalign/executors.py", "mmalign/registry.py", "mmalign/cli.py"}

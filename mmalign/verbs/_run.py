@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmalign.screen import Screen, Show
+from mmalign.config import redact
+from mmalign.screen import Screen, Show, columns
+from mmalign.types import MmalignError
 
 if TYPE_CHECKING:
     from mmalign.evaluate import Job, Progress
 
 
+T = TypeVar("T")
+NAMED = 8  # suites that one line names
+
+
 def announce(made: Sequence[Job], where: str, results: Path, screen: Screen) -> None:
     from mmalign.evaluate import run_directory
 
-    suites = ", ".join(job.suite for job in made)
-    screen.say(f"{made[0].model_name} on {suites}: {where}, results in {run_directory(results, made[0]).parent}")
+    suites = [job.suite for job in made]
+    named = ", ".join(suites) if len(suites) <= NAMED else f"{len(suites)} suites"
+    screen.say(f"{made[0].model_name} on {named}: {where}, results in {run_directory(results, made[0]).parent}")
+
+
+def attempt(job: Job, work: Callable[[], T], left_out: dict[str, str], is_all: bool) -> list[T]:
+    """What one of several jobs gives. Where every suite was asked for, one that cannot run is left out with the reason, and [] returned."""
+    try:
+        return [work()]
+    except MmalignError as error:
+        if not is_all:
+            raise
+        left_out[job.suite] = redact(str(error))
+        return []
+
+
+def say_left_out(left_out: Mapping[str, str], total: int, screen: Screen) -> list[dict[str, Any]]:
+    """Name each suite that was left out, with the reason and its remedy; the same as JSON-able data."""
+    if left_out:
+        screen.say(f"Left out {len(left_out)} of {total} suites:")
+        for line in columns([(f"  {suite}", reason) for suite, reason in left_out.items()]):
+            screen.say(line)
+    return [{"suite": suite, "status": "left out", "reason": reason, "is_complete": False} for suite, reason in left_out.items()]
 
 
 def advance(show: Show, screen: Screen, progress: Progress) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ def declare(parser: argparse.ArgumentParser) -> Run:
     add_run_options(parser)
     parser.add_argument("--retry-failed", action="store_true", help="redo what failed in earlier runs, and nothing else")
     parser.add_argument("--wait", action="store_true", help="wait when another run uses the run directory")
+    parser.add_argument("--show-unsafe", action="store_true", help="the report prints prompts and answers of unsafe suites in full")
     parser.add_argument("--show-config", action="store_true", help="print every option with the value in force, and stop")
 
     def run(options: argparse.Namespace, screen: Screen) -> int:
@@ -32,13 +34,25 @@ def declare(parser: argparse.ArgumentParser) -> Run:
             return COMPLETE
         made, executor = jobs.jobs(options), jobs.executor(options)
         _run.announce(made, jobs.describe(executor), options.results, screen)
+        is_all = jobs.is_all(options)
+        left_out: dict[str, str] = {}
+        able: list[Job] = []
         for job in made:  # missing data of the last suite must not surface after hours of the first
-            job.evaluator.prompts(job.split)
-        results = [_evaluate(job, executor, options, screen) for job in made]
+            able += _run.attempt(job, partial(_with_prompts, job), left_out, is_all)
+        results = [
+            result for job in able for result in _run.attempt(job, partial(_evaluate, job, executor, options, screen), left_out, is_all)
+        ]
+        results += _run.say_left_out(left_out, len(made), screen)
         screen.give(results)
         return COMPLETE if all(result["is_complete"] for result in results) else INCOMPLETE
 
     return run
+
+
+def _with_prompts(job: Job) -> Job:
+    """The job, whose prompts are there."""
+    job.evaluator.prompts(job.split)
+    return job
 
 
 def _evaluate(job: Job, executor: Any, options: argparse.Namespace, screen: Screen) -> dict[str, Any]:
@@ -66,7 +80,7 @@ def _evaluate(job: Job, executor: Any, options: argparse.Namespace, screen: Scre
         raise KeyboardInterrupt(_saved(saved, job, evaluate.run_directory(options.results, job), options.command)) from None
     directory = evaluate.run_directory(options.results, job)
     _say_result(result, directory, screen)
-    page = report.write_report([results.json_path(directory, result.run)])
+    page = report.write_report([results.json_path(directory, result.run)], show_unsafe=options.show_unsafe)
     screen.say(f"  report    {page}")
     return {
         **asdict(result),
