@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.store import image_path
-from mmalign.types import Failure, MmalignError, Row, Value
+from mmalign.types import Failure, MmalignError, Row, Value, digest
 
 THUMBNAIL = 256  # the longer side in pixels
+KEPT = 12  # characters, at most, that are shown of an unsafe text
 TINY = 128  # images below this are shown enlarged with hard pixel edges
 
 Item = dict[str, Any]
@@ -57,6 +58,27 @@ def pair(first: Sequence[Item], second: Sequence[Item]) -> list[Item]:
         if other and (other["prompt"], other["seed"]) == (item["prompt"], item["seed"]):
             pairs.append({**item, "cells": [*item["cells"], *other["cells"]]})
     return pairs
+
+
+def hide_words(item: Item) -> Item:
+    """The item of an unsafe suite with its prompt and answers cut short, also where a message quotes them; equal texts stay equal."""
+    texts = [item["prompt"], *(cell["answer"] for cell in item["cells"] if "answer" in cell)]
+
+    def hidden(content: Any) -> Any:
+        if isinstance(content, Mapping):
+            return {name: hidden(value) for name, value in content.items()}
+        if isinstance(content, list):
+            return [hidden(value) for value in content]
+        if isinstance(content, str):
+            for text in texts:
+                content = content.replace(text, _cut(text)) if len(text) > KEPT else _cut(content) if content == text else content
+        return content
+
+    return {**item, "prompt": hidden(item["prompt"]), "cells": hidden(item["cells"])}
+
+
+def _cut(text: str) -> str:
+    return f"{text[: min(KEPT, len(text) // 3)]}… [{len(text.split())} words, {digest(text)[:6]}]"
 
 
 def mark_disagreement(items: Sequence[Item], scorers: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ PAGE_SIZE = 200  # images that a gallery shows at once
 STRIP = 8  # images of a run that the front page shows
 GALLERY = "gallery"
 THUMBNAILS = "thumbnails"
+CUT = " Unsafe prompts and answers are cut short; mmalign report --show-unsafe prints them."
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Run:
     items: list[gallery.Item]
     label: str
     slug: str
+    is_cut: bool = False  # the words of an unsafe suite are cut short
 
     @property
     def suite(self) -> str:
@@ -80,9 +82,10 @@ class Run:
         return [name for name, facts in self.result.scorers.items() if not facts.get("higher_is_better", better)]
 
 
-def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(run_dirs: Sequence[Path], out: Path | None = None, show_unsafe: bool = False) -> Path:
     """Write the pages of these runs (or the page of one training run) into `out` and return the path of index.html.
 
+    The prompts and answers of unsafe suites are cut short unless `show_unsafe`; their images are blurred until the page is told otherwise.
     Without `out` one run's report goes into its own directory, that of several into `report/` beside them. UsageError for a directory
     without a result; MmalignError for rows or results that cannot be read and for a folder that cannot be written.
     """
@@ -90,7 +93,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
         if len(run_dirs) > 1:
             raise UsageError("A training run has a page of its own: give its folder alone. Results of `mmalign eval` share a report.")
         return write_training_report(run_dirs[0], out)
-    runs = read_runs(run_dirs)
+    runs = read_runs(run_dirs, show_unsafe)
     if out is None:
         folders = [str(run.directory.resolve()) for run in runs]
         out = runs[0].directory if len(runs) == 1 else Path(os.path.commonpath(folders)) / "report"
@@ -106,7 +109,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     return out / "index.html"
 
 
-def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
+def read_runs(run_dirs: Sequence[Path], show_unsafe: bool = False) -> list[Run]:
     """The runs at these places, with labels that tell them apart. A place is a result's JSON file, a run directory (its newest
     result), or a folder of run directories. UsageError when one of them has no result."""
     if not run_dirs:
@@ -124,8 +127,10 @@ def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
             label, own = f"{model} ({file.parent})", f"{own}--{digest(str(file.resolve()))[:8]}"
         rows = results.read_rows(results.rows_path(file))
         items = [gallery.item_of(row) for row in rows]
+        is_cut = bool(result.suite.get("unsafe")) and not show_unsafe
+        items = [gallery.hide_words(item) for item in items] if is_cut else items
         gallery.mark_disagreement(items, list(result.scorers))
-        runs.append(Run(file.parent, result, rows, items, label, own))
+        runs.append(Run(file.parent, result, rows, items, label, own, is_cut))
     return runs
 
 
@@ -245,7 +250,7 @@ def _gallery_page(run: Run, out: Path) -> str:
         out=out,
         title=f"{run.title}, {run.label}: gallery",
         heading=f"{run.title}, {run.label}",
-        lead=f"{run.result.headline} {format_number(run.metric.value)}, protocol {run.protocol}.",
+        lead=f"{run.result.headline} {format_number(run.metric.value)}, protocol {run.protocol}.{CUT if run.is_cut else ''}",
         views=[("all", f"All {len(run.items):,}"), ("failed", f"Failed {failed:,}"), ("worst", "Worst tenth")],
         orders=orders,
         outcome=None,

@@ -149,6 +149,34 @@ def test_embedded_numbers_are_json_even_when_not_finite() -> None:
     assert not re.search("[<>&\u2028\u2029]", text)
 
 
+SECRET = "a kite that nobody should read about in a report"
+
+
+@pytest.mark.parametrize("shows", [False, True])
+def test_words_of_unsafe_suites_are_cut_short_unless_asked_for(shows: bool, tmp_path: Path) -> None:
+    hidden = [Prompt("00000", SECRET, ("kites",)), Prompt("00001", "a kite that nobody should read about at all", ("kites",))]
+    directory = make_run(tmp_path, hidden, unsafe=True, failures=["score/refusal"])
+    index = write_report([directory], tmp_path / "out", show_unsafe=shows)
+    pages = [path.read_text() for path in (index, gallery_page(index))]
+    assert all((SECRET in page) == shows for page in pages)
+    prompts = [item["prompt"] for item in Page(gallery_page(index)).data["items"]]
+    assert len(set(prompts)) == 2 and all(prompt.startswith("a kite that ") for prompt in prompts)
+    assert ("--show-unsafe" in pages[1]) != shows and not shows or prompts == [prompt.text for prompt in hidden]
+    assert SECRET in write_report([make_run(tmp_path / "safe", hidden)]).read_text(), "only unsafe suites are cut"
+
+
+def test_answers_and_quotations_are_cut_with_the_prompt() -> None:
+    request = Request(Prompt("p", SECRET), 0, 1)
+    scores = {"a": Failure("score", "refusal", f"declined: {SECRET}"), "b": Value(1.0, detail="Yes")}
+    item = gallery.item_of(Row(request, Sample(request, answer="kites rise into the wind and stay"), scores))
+    cut = gallery.hide_words(item)
+    assert SECRET not in json.dumps(cut) and "into the wind" not in json.dumps(cut)
+    (cell,) = cut["cells"]
+    assert cell["failures"][0]["message"].startswith("declined: a kite that ") and cell["scores"]["b"]["detail"] == "Yes"
+    assert "[7 words, " in cell["answer"] and cut["id"] == item["id"] and gallery.hide_words(item) == cut
+    assert gallery.hide_words({**item, "prompt": "a kite"})["prompt"].startswith("a … [2 words, ")
+
+
 def test_a_content_address_that_is_a_path_is_refused() -> None:
     request = Request(Prompt("p", "text"), 0, 1)
     with pytest.raises(MmalignError, match=r"'\.\./\.\./secret' where the sha256"):

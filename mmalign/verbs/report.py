@@ -15,6 +15,7 @@ from mmalign.verbs import COMPLETE, Run
 def declare(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run directory, a result's JSON file, or a folder of runs")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the run's directory, or report/ beside several)")
+    parser.add_argument("--show-unsafe", action="store_true", help="print prompts and answers of unsafe suites in full")
     every = parser.add_argument_group("all results instead of some runs")
     every.add_argument("--leaderboard", action="store_true", help="one page of all published rows and our results, and a page per model")
     every.add_argument("--export", choices=("model-index", "eval-results", "lm-eval"), help="for a model card, the Hub, or as lm-eval does")
@@ -40,7 +41,7 @@ def declare(parser: argparse.ArgumentParser) -> Run:
 def _pages(options: argparse.Namespace) -> Path:
     from mmalign import report
 
-    return report.write_report(options.runs, options.out)
+    return report.write_report(options.runs, options.out, options.show_unsafe)
 
 
 def _leaderboard(options: argparse.Namespace) -> Path:
