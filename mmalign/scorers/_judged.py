@@ -8,7 +8,7 @@ from typing import Any
 
 from mmalign.config import Secret
 from mmalign.judge import Endpoint, ImageKind, Judge, Question, Reply, read
-from mmalign.scorers._samples import Item, score_in_batches
+from mmalign.scorers._samples import Item, TextSource, score_in_batches
 from mmalign.types import Deviation, Failure, Sample, Score, Value, digest
 
 KEPT = 500  # characters of a reply that a value's detail keeps
@@ -47,9 +47,11 @@ class JudgeOptions:
 
 
 class Judged:
-    """The scorer. `ask` gives an image's questions (or why there are none), `value` makes the measurement of their parsed replies.
+    """The scorer. `ask` gives a sample's questions (or why there can be none), `value` makes the measurement of their parsed replies.
 
-    A value's detail names the model that answered and ends with what it said. Parts lie in the scorer's range, because bounds fill them.
+    Where `ask` has no question, `value` is given no reply. `hole` may make something else of a failure, as a protocol's defaults do.
+    `reads_image` False: the item holds no picture, and `ask` reads the sample's answer. A value's detail names the model that answered
+    and ends with what it said. Parts lie in the scorer's range, because bounds fill them.
     """
 
     def __init__(
@@ -64,17 +66,20 @@ class Judged:
         range: tuple[float, float] = (0.0, 1.0),
         deviations: tuple[Deviation, ...] = (),
         metric_name: str = "",
+        hole: Callable[[Failure], Score] = lambda failure: failure,
+        reads_image: bool = True,
     ) -> None:
         self.name, self.options, self.range, self.deviations = name, options, range, deviations
         self.metric_name = metric_name or name
         self.judge = options.judge()
-        self._ask, self._parse, self._value = ask, parse, value
+        self._ask, self._parse, self._value, self._hole, self._reads_image = ask, parse, value, hole, reads_image
         kept = {key: item for key, item in asdict(options).items() if key not in (*WIRING, "question")}
         self.fingerprint = digest(name, version, kept, wording)
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         """One value or failure per sample, in order; all questions of a batch are under way at once."""
-        return score_in_batches(samples, max(1, len(samples)), self._measure)
+        text: TextSource | None = "prompt" if self._reads_image else None
+        return score_in_batches(samples, max(1, len(samples)), self._measure, image=self._reads_image, text=text)
 
     def _measure(self, items: Sequence[Item]) -> list[Score]:
         asked = [self._ask(item) for item in items]
@@ -89,7 +94,7 @@ class Judged:
             else:
                 said[at][name], reply = answer
                 words[at] = f"{reply.model}: {reply.text.strip()[-KEPT:]}"
-        return [holes[at] if at in holes else self._measured(item, said[at], words[at]) for at, item in enumerate(items)]
+        return [self._hole(holes[at]) if at in holes else self._measured(item, said[at], words[at]) for at, item in enumerate(items)]
 
     def _answers(self, questions: Sequence[Question]) -> list[tuple[Any, Reply] | Failure]:
         """What each question's reply says, asked again while it cannot be read."""
