@@ -124,7 +124,7 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The live state of AdamW by parameter name, to be saved or filled; AdamW makes it at its first step, loading needs it before."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         if not state:
