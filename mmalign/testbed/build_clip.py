@@ -51,10 +51,12 @@ def make_tokenizer():
         vocab_size=700, special_tokens=[START, END], initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     bpe.train_from_iterator(sorted(set(corpus.vocabulary_texts())), trainer)
-    vocabulary = bpe.get_vocab()
-    for letter in sorted(alphabet):  # a word may end in any byte, also in one that ends no word of the world
-        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
     merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    # The trainer numbers the letters that end words in an order of its own, another one in every process; here it is the alphabet's.
+    known, ends = bpe.get_vocab(), [f"{letter}</w>" for letter in sorted(alphabet)]
+    tokens = [START, END, *sorted(alphabet), *(end for end in ends if end in known), *("".join(pair) for pair in merges)]
+    # A word may end in any byte, also in one that ends no word of the world.
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys([*tokens, *ends]))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT)
 
 
