@@ -1,4 +1,4 @@
-"""Builds the testbed's checkpoints: `python -m mmalign.testbed.build janus clip preference mmada showo [--work DIR] [--out DIR]`.
+"""Builds the testbed's checkpoints: `python -m mmalign.testbed.build janus clip preference mmada showo sd3 [--work DIR] [--out DIR]`.
 
 Each build is seeded and resumes where it was stopped; logs and state stay in the work folder, the checkpoint goes to --out/tiny-<name>.
 """
@@ -10,7 +10,7 @@ import importlib
 import os
 from pathlib import Path
 
-BUILDS = ("janus", "clip", "preference", "mmada", "showo")
+BUILDS = ("janus", "clip", "preference", "mmada", "showo", "sd3")
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
