@@ -16,7 +16,7 @@ def janus():
 
 
 def test_tiny_janus_ranks_the_true_caption_first(janus):
-    assert measure.caption_ranking(janus, 150, seed=1) >= 0.8
+    assert measure.caption_ranking(janus, 150, seed=1) >= 0.86
 
 
 def test_tiny_janus_writes_plans_of_the_world(janus):

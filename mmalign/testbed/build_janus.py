@@ -1,7 +1,8 @@
 """Trains `tiny-janus`: a JanusForConditionalGeneration that draws, describes and plans scenes of the shapes world.
 
-Two stages, as for the large ones: first the VQ tokenizer of the pictures, then everything else (vision tower, aligners, language
-model, image head) on three tasks at once: draw from a text (a tenth without text, for guidance), answer about a picture, plan a scene.
+Three parts: the VQ tokenizer of the pictures; then everything else (vision tower, aligners, language model, image head) on three tasks at
+once: draw from a text (a tenth without text, for guidance), answer about a picture, plan a scene; last the vision tower and its aligner
+alone, on answers, which changes what the model sees and nothing that it draws or plans.
 The drawing corpus shows one thing wrong in a share of its pictures; the understanding corpus is right.
 """
 
@@ -49,6 +50,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A stretch of training what the model sees: a step has `answers`, and `pairs` of a true and a false caption to tell apart."""
+
+    steps: int
+    learning_rate: float
+    answers: int
+    pairs: int
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Sizes and lengths of the build; the shipped checkpoint is the default."""
 
@@ -65,6 +76,7 @@ class Recipe:
         Stage(1700, 6e-4, 48, 24, 8, wrong=0.15, planned=0.2, arranged=True),
     )
     no_text: float = 0.1
+    reading: tuple[Reading, ...] = (Reading(3000, 1.5e-3, 64, 0), Reading(800, 8e-4, 48, 24))
 
 
 def make_model(recipe: Recipe, tokenizer):
@@ -225,20 +237,37 @@ def drawing_loss(model, tokenizer, recipe: Recipe, stage: Stage, step: int) -> t
     return (losses * weight).sum() / weight.sum()
 
 
-def answering_loss(model, tokenizer, recipe: Recipe, stage: Stage, step: int) -> torch.Tensor:
+def answering_loss(model, tokenizer, recipe: Recipe, answers: int, step: int) -> torch.Tensor:
     """Cross-entropy of right answers about pictures; half of the pictures pass through the VQ model, as the model's own will have."""
-    examples = corpus.questions(30_000_000 + recipe.seed + step, stage.answers)
+    examples = corpus.questions(30_000_000 + recipe.seed + step, answers)
     x_BCHW = pixels_of([example.scene for example in examples])
     with torch.no_grad():
         vq = model.model.vqmodel
-        half = stage.answers // 2
+        half = answers // 2
         x_BCHW[:half] = reconstruct(vq, F.normalize(vq.quantize.embedding(nearest(vq, encode(vq, x_BCHW[:half]))), dim=-1)).clamp(-1, 1)
     texts = [chat(tokenizer, example.question, True) for example in examples]
     ids, targets = _with_answers(tokenizer, texts, [example.answer for example in examples])
+    return _answer_loss(model, _seen(model, tokenizer, ids, x_BCHW), targets)
+
+
+def telling_loss(model, tokenizer, recipe: Recipe, pairs: int, step: int) -> torch.Tensor:
+    """-log sigmoid(log P(true caption) - log P(false one)) of right pictures."""
+    examples = corpus.pairs(50_000_000 + recipe.seed + step, pairs)
+    asked = [chat(tokenizer, corpus.DESCRIBE, True)] * (2 * pairs)
+    ids, targets = _with_answers(tokenizer, asked, [pair.true for pair in examples] + [pair.false for pair in examples])
+    hidden = hidden_states(model, _seen(model, tokenizer, ids, pixels_of([pair.scene for pair in examples] * 2)))[:, :-1]
+    wanted = targets[:, 1:]
+    losses = torch.zeros(wanted.shape)
+    losses[wanted != -100] = F.cross_entropy(model.lm_head(hidden[wanted != -100]).float(), wanted[wanted != -100], reduction="none")
+    true, false = losses.sum(1).split(pairs)
+    return -F.logsigmoid(false - true).mean()
+
+
+def _seen(model, tokenizer, ids: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
+    """Input embeddings of texts with their pictures in place."""
     features = model.model.get_image_features(x_BCHW).pooler_output
     embeds = model.get_input_embeddings()(ids)
-    embeds = embeds.masked_scatter((ids == tokenizer.image_token_id)[..., None], features.to(embeds.dtype))
-    return _answer_loss(model, embeds, targets)
+    return embeds.masked_scatter((ids == tokenizer.image_token_id)[..., None], features.to(embeds.dtype))
 
 
 def planning_loss(model, tokenizer, recipe: Recipe, stage: Stage, step: int) -> torch.Tensor:
@@ -278,12 +307,30 @@ def train_language(model, tokenizer, recipe: Recipe, work: Path) -> None:
         def loss_of(step: int, stage: Stage = stage, before: int = before):
             with torch.autocast("cpu", torch.bfloat16):
                 draw = drawing_loss(model, tokenizer, recipe, stage, before + step)
-                answer = answering_loss(model, tokenizer, recipe, stage, before + step)
+                answer = answering_loss(model, tokenizer, recipe, stage.answers, before + step)
                 plan = planning_loss(model, tokenizer, recipe, stage, before + step)
             figures = {"draw": draw, "answer": answer, "plan": plan}
             return draw + answer + 0.5 * plan, {name: round(float(value.detach()), 4) for name, value in figures.items()}
 
         fit(f"janus-{number}", work, parameters, {"model": model}, loss_of, stage.steps, stage.learning_rate, warmup=200)
+        before += stage.steps
+
+
+def train_reading(model, tokenizer, recipe: Recipe, work: Path) -> None:
+    """The language model stays as it is, so drawings and plans stay bit for bit; what it is shown becomes easier to read."""
+    model.requires_grad_(False)
+    reading = torch.nn.ModuleDict({"vision": model.model.vision_model, "aligner": model.model.aligner}).requires_grad_(True)
+    before = sum(stage.steps for stage in recipe.stages)
+    for number, stage in enumerate(recipe.reading, 1):
+
+        def loss_of(step: int, stage: Reading = stage, before: int = before):
+            with torch.autocast("cpu", torch.bfloat16):
+                answer = answering_loss(model, tokenizer, recipe, stage.answers, before + step)
+                telling = telling_loss(model, tokenizer, recipe, stage.pairs, before + step) if stage.pairs else torch.zeros(())
+            return answer + telling, {"answer": round(float(answer.detach()), 4), "telling": round(float(telling.detach()), 4)}
+
+        name = f"reading-{number}"
+        fit(name, work, reading.parameters(), {"reading": reading}, loss_of, stage.steps, stage.learning_rate, warmup=200)
         before += stage.steps
 
 
@@ -305,9 +352,10 @@ def save(model, tokenizer, out: Path) -> None:
 
 
 def build(out: Path, work: Path, recipe: Recipe = Recipe()) -> None:
-    """Trains both stages (each resumes where it was stopped) and writes the checkpoint."""
+    """Trains all parts (each resumes where it was stopped) and writes the checkpoint."""
     tokenizer = train_tokenizer(corpus.vocabulary_texts())
     model = make_model(recipe, tokenizer)
     train_vq(model, recipe, work)
     train_language(model, tokenizer, recipe, work)
+    train_reading(model, tokenizer, recipe, work)
     save(model.eval(), tokenizer, out)

@@ -11,7 +11,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from mmalign.testbed.world import COLORS, COUNT_WORDS, KINDS, SHAPES, Clause, Scene, noun, plan_of, sample_prompts, spoil, strict, text_of
+from mmalign.testbed.world import (
+    COLORS,
+    COUNT_WORDS,
+    KINDS,
+    SHAPES,
+    SIZES,
+    Clause,
+    Scene,
+    facts,
+    noun,
+    plan_of,
+    sample_prompts,
+    spoil,
+    strict,
+    text_of,
+    uses_held_out,
+)
 
 DESCRIBE = "Describe the image."
 LIST = "List every object."
@@ -32,6 +48,15 @@ class Question:
 
     question: str
     answer: str
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture's true caption, and the same with one fact changed so that it is false of the picture."""
+
+    true: str
+    false: str
     scene: Scene
 
 
@@ -122,6 +147,38 @@ def ask(scene: Scene, rng: Random) -> tuple[str, str]:
     color, shape = (thing.color, thing.shape) if rng.random() < 0.5 else (rng.choice(COLORS), rng.choice(SHAPES))
     there = any((other.color, other.shape) == (color, shape) for other in scene)
     return f"Is there {'an' if color[0] in 'aeiou' else 'a'} {color} {shape} in the image?", "yes" if there else "no"
+
+
+def pairs(seed: int, number: int) -> list[Pair]:
+    """Pictures with a true caption and a false one."""
+    rng = Random(f"pairs/{seed}")
+    out: list[Pair] = []
+    for _, clauses, scene in sample_prompts("train", KINDS, seed):
+        changed = change_one_fact(clauses, rng)
+        if changed is not None and not uses_held_out(changed) and not all(facts(changed, scene).values()):
+            out.append(Pair(text_of(clauses), text_of(changed), scene))
+        if len(out) == number:
+            break
+    return out
+
+
+def change_one_fact(clauses: Sequence[Clause], rng: Random) -> tuple[Clause, ...] | None:
+    """The clauses with one shape, colour, size, count or place replaced; None when the draw left nothing to replace."""
+    i = rng.randrange(len(clauses))
+    clause = clauses[i]
+    free = [shape for shape in SHAPES if shape not in {c.shape for c in clauses}]
+    options: dict[str, list] = {"shape": free, "count": [n for n in (1, 2, 3, 4) if n != clause.count]}
+    if clause.color:
+        options["color"] = [color for color in COLORS if color != clause.color]
+    if clause.size:
+        options["size"] = [size for size in SIZES if size != clause.size]
+    if clause.region:
+        options["region"] = [{"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[clause.region]]
+    if clause.position:
+        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+        options["position"] = [(opposite[clause.position[0]], clause.position[1])]
+    name = rng.choice([name for name, values in options.items() if values])
+    return tuple(replace(c, **{name: rng.choice(options[name])}) if n == i else c for n, c in enumerate(clauses))
 
 
 def vocabulary_texts(number: int = 4000) -> list[str]:

@@ -6,7 +6,6 @@ often a written plan fulfils its prompt. tiny-clip: retrieval of the right descr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,14 +15,14 @@ import torch
 
 from mmalign.testbed import corpus
 from mmalign.testbed.render import render
-from mmalign.testbed.world import COLORS, COLUMNS, KINDS, ROWS, SHAPES, SIZES, Clause, Thing, facts, plan_of, sample_prompts, text_of
+from mmalign.testbed.world import COLORS, COLUMNS, KINDS, ROWS, SHAPES, SIZES, Thing, facts, plan_of, sample_prompts, text_of
 
 
 def caption_pairs(number: int, seed: int = 0) -> tuple[np.ndarray, list[str], list[str]]:
     """Held-out pictures, a true caption of each, and the same caption with one fact changed so that it is false of the picture."""
     rng, pictures, true, false = Random(seed), [], [], []
     for _, clauses, scene in sample_prompts("test", KINDS, 90_000_000 + seed):
-        changed = change_one_fact(clauses, rng)
+        changed = corpus.change_one_fact(clauses, rng)
         if changed is None or all(facts(changed, scene).values()):
             continue
         pictures.append(scene)
@@ -32,27 +31,6 @@ def caption_pairs(number: int, seed: int = 0) -> tuple[np.ndarray, list[str], li
         if len(true) == number:
             return render(pictures), true, false
     raise AssertionError("the stream of prompts has no end")
-
-
-def change_one_fact(clauses: Sequence[Clause], rng: Random) -> tuple[Clause, ...] | None:
-    """The clauses with one shape, colour, size, count or place replaced; None when the draw left nothing to replace."""
-    from dataclasses import replace
-
-    i = rng.randrange(len(clauses))
-    clause = clauses[i]
-    free = [shape for shape in SHAPES if shape not in {c.shape for c in clauses}]
-    options: dict[str, Any] = {"shape": free, "count": [n for n in (1, 2, 3, 4) if n != clause.count]}
-    if clause.color:
-        options["color"] = [color for color in COLORS if color != clause.color]
-    if clause.size:
-        options["size"] = [size for size in SIZES if size != clause.size]
-    if clause.region:
-        options["region"] = [{"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[clause.region]]
-    if clause.position:
-        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-        options["position"] = [(opposite[clause.position[0]], clause.position[1])]
-    name = rng.choice([name for name, values in options.items() if values])
-    return tuple(replace(c, **{name: rng.choice(options[name])}) if n == i else c for n, c in enumerate(clauses))
 
 
 def caption_ranking(janus: Any, number: int = 200, seed: int = 0) -> float:
@@ -117,7 +95,7 @@ def main() -> None:
     janus = family.load(Path(CHECKPOINTS) / "tiny-janus")
     clip = CLIPModel.from_pretrained(CHECKPOINTS / "tiny-clip", dtype=torch.float32).eval()
     figures = {
-        "tiny-janus true caption ranked first": caption_ranking(janus, 400),
+        "tiny-janus true caption ranked first": caption_ranking(janus, 1200),
         "tiny-janus greedy plan fulfils its prompt": plan_accuracy(janus, 200),
         "tiny-clip top-1 of 32": retrieval(clip, CLIPTokenizer.from_pretrained(CHECKPOINTS / "tiny-clip")),
     }
