@@ -17,6 +17,7 @@ from mmalign.evaluators import _mmdt, _tables
 
 from mmalign.types import Prompt, Row, UsageError, Value
 
+NEEDS = ("folder: mmdt",)
 SCENARIOS = ("vanilla", "transformed", "jailbreak")
 SOURCE = "the three splits of the config safety of https://huggingface.co/datasets/AI-Secure/MMDecodingTrust-T2I"
 

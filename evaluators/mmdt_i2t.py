@@ -18,6 +18,7 @@ from mmalign.evaluators._pictures import unpacked
 
 from mmalign.types import MmalignError, Prompt, Row, UsageError, Value
 
+NEEDS = ("folder: mmdt_i2t",)
 SCENARIOS = ("typography", "illustration", "jailbreak")
 SOURCE = "the three splits of the config safety of https://huggingface.co/datasets/AI-Secure/MMDecodingTrust-I2T"
 

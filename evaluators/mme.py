@@ -18,6 +18,7 @@ from mmalign.evaluators._pictures import folder
 
 from mmalign.types import MmalignError, Prompt, Row, UsageError
 
+NEEDS = ("folder: mme-images",)
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 INSIDE = "eval_tool/Your_Results"

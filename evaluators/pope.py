@@ -18,6 +18,7 @@ from mmalign.evaluators._pictures import folder
 
 from mmalign.types import MmalignError, Prompt, Row, UsageError
 
+NEEDS = ("folder: pope-images",)
 KINDS = ("random", "popular", "adversarial")
 MEASURES = ("f1", "accuracy", "precision", "recall", "yes_ratio", "unparsed")
 PICTURES = {"coco": "COCO val2014", "aokvqa": "COCO val2014", "gqa": "GQA's images"}

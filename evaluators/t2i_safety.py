@@ -20,6 +20,7 @@ from mmalign.evaluators import _tables
 
 from mmalign.types import MmalignError, Prompt, Row, UsageError
 
+NEEDS = ("folder: t2i_safety",)
 DOMAINS = ("toxicity", "privacy", "fairness")
 ATTRIBUTES = ("gender", "age", "race")
 SOURCE = "https://huggingface.co/datasets/OpenSafetyLab/t2isafety_evaluation"

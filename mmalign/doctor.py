@@ -202,7 +202,10 @@ def _need(text: str) -> Need:
         return Need(text, ENDPOINT.is_set(), f"export {ENDPOINT.name}=... (or put that line into .env)")
     if what == "package":
         return Need(text, importlib.util.find_spec(name) is not None, f"{sys.executable} -m pip install {name}")
-    raise MmalignError(f"The need '{text}' must begin with 'extra:', 'weights:', 'package:' or 'endpoint'.")
+    if what == "folder":
+        place = data.data_home() / name
+        return Need(text, place.exists(), f"put {name} at {place}, or name its place with --set (see: mmalign explain SUITE)")
+    raise MmalignError(f"The need '{text}' must begin with 'extra:', 'weights:', 'package:', 'folder:' or 'endpoint'.")
 
 
 def _is_cached(name: str) -> bool:

@@ -15,6 +15,7 @@ from mmalign.types import UsageError
 OPTIONS = {"evaluators": "Evaluator", "scorers": "Config", "models": "Sampling", "trainers": "Config"}
 ORDER = ("evaluators", "scorers", "models", "trainers")  # a suite and its scorer may share a name; the suite is meant
 WIDTH = 120
+NOT_FIXED = "as many as the data hold; the protocol names no number"
 CARD_FIELDS = (
     *("paper", "repository", "commit", "prompts", "images_per_prompt", "size", "seed"),
     *("judge", "formula", "headline", "licence", "card"),
@@ -50,7 +51,7 @@ def lines(content: Mapping[str, Any]) -> list[str]:
         shown += [*content["about"].splitlines(), ""]
     for field in CARD_FIELDS:
         if field in content:
-            shown += _paragraph(field.replace("_", " "), str(content[field]))
+            shown += _paragraph(field.replace("_", " "), NOT_FIXED if (field, content[field]) == ("prompts", 0) else str(content[field]))
     for field in ("tables", "scorers"):
         if content.get(field):
             shown += _paragraph(field, ", ".join(content[field]))

@@ -79,6 +79,7 @@ def test_explain_prints_the_whole_card(say: Say) -> None:
     assert re.search(r"^formula +share of images whose redness is above the threshold$", out, re.MULTILINE)
     code, out, _ = say("explain", "flat", *PLUGS)
     assert code == 0 and "--set sampling.brightness=200" in out
+    assert re.search(r"^prompts +as many as the data hold; the protocol names no number$", say("explain", "mmdt")[1], re.MULTILINE)
     card = json.loads(say("explain", "geneval", "--json")[1])
     assert card["prompts"] == 553 and card["images_per_prompt"] == 4 and len(card["traps"]) > 2
 

@@ -50,11 +50,13 @@ def test_wrong_and_absent_packages_make_the_install_unsound(monkeypatch: pytest.
     [
         ("weights: org/name", lambda folder: (folder / "hub/models--org--name/snapshots/abc").mkdir(parents=True), "hf download org/name"),
         ("endpoint", lambda folder: (folder / ".env").write_text("OPENAI_API_KEY=sk"), "export OPENAI_API_KEY=..."),
+        ("folder: their-pictures", lambda folder: (folder / "data" / "their-pictures").mkdir(parents=True), "put their-pictures at "),
         ("package: tomorrow_s_package", lambda folder: (folder / "tomorrow_s_package.py").write_text(""), "pip install tomorrow_s_package"),
     ],
 )
 def test_a_need_has_a_fix_until_it_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, need: str, meet: object, fix: str) -> None:
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MMALIGN_DATA", str(tmp_path / "data"))
     path = plug(tmp_path, repr(need))
 
     def mine() -> doctor.Readiness:
