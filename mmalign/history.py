@@ -5,7 +5,8 @@
     gains/step-000010.json      {"title", "gains"}: a group's reward gains, by sample and denoising step
     evaluations.json            base and trained checkpoint beside each other, when they were evaluated
 
-Kinds of pictures: `samples` are the same prompts and seeds each time; `rollouts` is a group of the step's own samples.
+Kinds of pictures: `samples` are the same prompts and seeds each time; `rollouts` is a group of the step's own samples; `grounding` shows
+pairs of the step with what their tokens were used for.
 """
 
 from __future__ import annotations
@@ -138,8 +139,11 @@ def hacking_note(metrics: Sequence[Line], reward: str = "reward") -> str | None:
 
 
 def verdict(metrics: Sequence[Line], reward: str = "reward") -> str:
-    """What reward and panel say together, always a sentence: exploited, both named, or why it cannot be told."""
+    """What reward (the loss, without one) and panel say together, always a sentence: exploited, both named, or why it cannot be told."""
     name = panel_headline(metrics)
+    has_reward = any(reward in line for line in metrics) or not any("loss" in line for line in metrics)
+    if not has_reward:
+        return _loss_verdict(metrics, name)
     if name is None:
         return "No held-out panel was measured, so an exploited reward could not be seen: train with --panel SUITE --panel-every N."
     changes = _trend_of(metrics, reward), _trend_of(metrics, name)
@@ -149,6 +153,20 @@ def verdict(metrics: Sequence[Line], reward: str = "reward") -> str:
     words = ["rises" if change > 0 else "falls" if change < 0 else "shows no trend" for change in changes if change is not None]
     calm = f"The training reward {words[0]}; {name.removeprefix('panel/')} on held-out prompts {words[1]}."
     return hacking_note(metrics, reward) or f"{calm} No sign of an exploited reward."
+
+
+def _loss_verdict(metrics: Sequence[Line], panel: str | None) -> str:
+    """What the loss of a run without a reward and the panel say, as far as they can be judged."""
+    names = [("The training loss", "loss"), *([] if panel is None else [(f"{panel.removeprefix('panel/')} on held-out prompts", panel)])]
+    told = []
+    for words, name in names:
+        change = _trend_of(metrics, name)
+        if change is None:
+            told.append(f"{words} has been measured {sum(name in line for line in metrics)} times; its trend can be told from six on")
+        else:
+            told.append(f"{words} {'rises' if change > 0 else 'falls' if change < 0 else 'shows no trend'}")
+    missing = "" if panel else " No held-out panel was measured: train with --panel SUITE --panel-every N."
+    return "; ".join(told) + "." + missing
 
 
 def _trend_of(metrics: Sequence[Line], name: str) -> float | None:

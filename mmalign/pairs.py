@@ -258,7 +258,7 @@ def _groups(file: Path) -> Iterator[tuple[str, tuple[int, int, int, int, int]]]:
                     pictures.setdefault(name, (member.offset_data, member.size))
                 elif member.isfile() and kind in (".txt", ".json") and not (name in texts and kind == ".txt"):
                     texts[name] = (member.offset_data, member.size, int(kind == ".json"))
-                tar.members.clear()  # tarfile keeps every header it has read
+                tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every header it has read
             end = tar.offset
         with file.open("rb") as whole:
             whole.seek(end)
@@ -296,5 +296,5 @@ def _fields(line: bytes) -> Mapping[str, Any]:
 def _order(key: str, number: int) -> array[int]:
     """The shuffled numbers of an epoch."""
     order = array("q", range(number))
-    Random(key).shuffle(order)  # type: ignore[arg-type]  # an array is as mutable as a list
+    Random(key).shuffle(order)
     return order

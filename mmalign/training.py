@@ -30,7 +30,8 @@ class Training:
     model: Recipe
     reward: Mapping[str, float]
     sets: Mapping[str, Mapping[str, str]]  # options of scorers and suites, by name
-    source: str  # where the prompts come from
+    source: str  # where the prompts come from; empty when the trainer learns from pairs
+    data: str  # where the pairs come from; empty when it learns from prompts
     panel: str  # suite measured on held-out prompts during training; empty: none
     run: Path
     recipe: Path | None
@@ -51,7 +52,7 @@ def training(options: argparse.Namespace) -> Training:
     spec, model = jobs.model_recipe(options, sets)
     recipe = options.config or bundled_recipe(entry, spec)
     chosen = dict(config.load_yaml(recipe) or {}) if recipe else {}
-    common = {name: chosen.pop(name, None) for name in ("reward", "prompts", "panel", "options")}
+    common = {name: chosen.pop(name, None) for name in ("reward", "prompts", "data", "panel", "options")}
     for root, values in (common["options"] or {}).items():
         sets[root] = {**{name: str(value) for name, value in values.items()}, **sets.get(root, {})}
     typed = {**flags(options.rest), **sets.pop(entry.name, {})}
@@ -60,12 +61,9 @@ def training(options: argparse.Namespace) -> Training:
     text = options.reward or common["reward"] or module.REWARD
     from mmalign.reward import parse_weights
 
-    source = options.prompts or common["prompts"]
-    if not source:
-        raise UsageError(
-            f"`mmalign train {entry.name}` needs prompts: --prompts SUITE (its train split) or --prompts FILE (.txt or .jsonl)."
-        )
-    name = f"{spec.name}-{entry.name}-{digest(essence(config.plain(made)), text, source, str(spec.path))[:8]}"
+    source, data = options.prompts or common["prompts"] or "", options.data or common["data"] or ""
+    check_source(entry.name, learns_from_pairs(module), source, data, text or "")
+    name = f"{spec.name}-{entry.name}-{digest(essence(config.plain(made)), text, source or data, str(spec.path))[:8]}"
     return Training(
         trainer=entry,
         config=made,
@@ -74,12 +72,33 @@ def training(options: argparse.Namespace) -> Training:
         reward=parse_weights(text) if text else {},
         sets=sets,
         source=source,
+        data=data,
         panel=options.panel or common["panel"] or "",
         run=options.run_dir or Path("runs") / slug(name),
         recipe=recipe,
         plugs=tuple(options.plug),
         device=jobs.devices(options.device)[0],
     )
+
+
+def learns_from_pairs(module: Any) -> bool:
+    """Whether a trainer takes image-text pairs (its module says DATA = "pairs") in place of prompts."""
+    return getattr(module, "DATA", "prompts") == "pairs"
+
+
+def check_source(trainer: str, is_pairs: bool, source: str, data: str, reward: str) -> None:
+    """UsageError when a trainer is not given what it learns from, or is given what it cannot use."""
+    if is_pairs and not data:
+        raise UsageError(f"`mmalign train {trainer}` learns from image-text pairs: --data with a folder, a .jsonl file or .tar shards.")
+    if is_pairs and (source or reward):
+        raise UsageError(
+            f"`mmalign train {trainer}` draws no samples of its own, so it takes neither --prompts nor --reward. Measure it with "
+            "--panel and --then-eval."
+        )
+    if not is_pairs and data:
+        raise UsageError(f"`mmalign train {trainer}` learns from prompts and a reward, not from --data. Give --prompts SUITE or FILE.")
+    if not is_pairs and not source:
+        raise UsageError(f"`mmalign train {trainer}` needs prompts: --prompts SUITE (its train split) or --prompts FILE (.txt or .jsonl).")
 
 
 def essence(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +137,7 @@ def described(job: Training) -> dict[str, Any]:
         "trainer": job.trainer.name,
         "model": {"name": job.spec.name, "family": job.spec.family, "path": str(job.spec.path)},
         "reward": dict(job.reward),
-        "prompts": job.source,
+        **({"data": job.data} if job.data else {"prompts": job.source}),
         "panel": job.panel,
         "recipe": str(job.recipe) if job.recipe else None,
         "config": config.plain(job.config),
@@ -130,13 +149,15 @@ def train(job: Training, say: Callable[[str], None]) -> Path:
     """Runs or continues the training; returns the folder of the trained checkpoint. Under torchrun every process calls this."""
     from mmalign import distributed
     from mmalign.loop import Loop
+    from mmalign.pairs import open_pairs
     from mmalign.reward import load_reward
-    from mmalign.watch import Panel, SamePictures
+    from mmalign.watch import SHOWN_PROMPTS, Panel, SamePictures
 
     distributed.start()
     module = registry.load(job.trainer)
-    prompts = read_prompts(job.source, job.plugs, job.sets)
-    write_run(job)
+    pairs = open_pairs(job.data, job.config.seed) if job.data else None
+    prompts = read_prompts(job.source, job.plugs, job.sets) if pairs is None else pairs.prompts(SHOWN_PROMPTS)
+    write_run(job, {} if pairs is None else {"pairs": {"number": len(pairs), "fingerprint": pairs.source.fingerprint}})
     model = load_model(job)
     reward = load_reward(job.reward, overrides=job.sets, device=job.device, plugs=job.plugs) if job.reward else None
     panel = Panel(job, model) if job.panel and job.config.panel_every else None
@@ -147,13 +168,13 @@ def train(job: Training, say: Callable[[str], None]) -> Path:
     if distributed.rank() == 0:
         loop.trackers = trackers.open_trackers(job.config.tracker, job.run, described(job), loop.step)
     try:
-        module.train(job.config, model, reward, prompts, loop)
+        module.train(job.config, model, reward, prompts if pairs is None else pairs, loop)
     finally:
         for tracker in loop.trackers:
             tracker.close()
     loop.export(job.folder)
     if distributed.rank() == 0:
-        trained_on = sorted(job.reward) if module.REWARD is not None else ["self_understanding"]
+        trained_on = sorted(job.reward) if module.REWARD is not None or pairs is not None else ["self_understanding"]
         note = history.hacking_note(history.read_metrics(job.run))
         facts = {"name": job.run.name, **described(job), "trained_on_rewards": trained_on, "steps": loop.step, "note": note}
         (job.folder / hub.TRAINING_FILE).write_text(json.dumps(facts, indent=1) + "\n")
@@ -164,11 +185,11 @@ def train(job: Training, say: Callable[[str], None]) -> Path:
     return job.folder
 
 
-def write_run(job: Training) -> None:
-    """Keeps the run's choices; a folder that holds another run is refused, never mixed."""
+def write_run(job: Training, found: Mapping[str, Any]) -> None:
+    """Keeps the run's choices and what was `found` where they point; a folder that holds another run is refused, never mixed."""
     from mmalign import distributed
 
-    file, facts = job.run / "run.json", described(job)
+    file, facts = job.run / "run.json", {**described(job), **found}
     if file.exists():
         kept, given = json.loads(file.read_text()), json.loads(json.dumps(facts, default=str))
         kept["config"], given["config"] = essence(kept["config"]), essence(given["config"])

@@ -25,7 +25,15 @@ COLUMNS = 8  # steps that the pictures over time show
 GROUPS = 4  # groups of samples that the page shows
 # Title, figures by prefix, and what the reader should know of them. A chart without a figure is left out.
 CHARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("Loss", ("loss", "loss/drawing", "loss/answers"), "Mean over the step's pairs: hidden image tokens, and tokens of the answers."),
     ("Reward", ("reward", "reward/", "watched/"), "Mean over the step's samples."),
+    (
+        "Right tokens",
+        ("copy_rate", "fill_rate"),
+        "How often the most probable code of a hidden token is right: where a hint showed it, and where none did.",
+    ),
+    ("Hidden tokens", ("hidden",), "Share of the image tokens that the loss counts."),
+    ("Pairs that could not be read", ("skipped",), "In the step; skipped.json names them."),
     ("Spread within a group", ("spread",), "Mean standard deviation of a prompt's rewards: what there is to learn from."),
     ("KL to the starting model", ("kl",), "Per decision."),
     ("Ratio before the first update", ("ratio_deviation",), "Largest difference from 1; 0 where sampling and scoring agree."),
@@ -35,6 +43,7 @@ CHARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Token weights", ("weight_mean", "map_top_mass"), "Mean weight; share of a map that its greatest tenth holds."),
     ("Seconds a step", ("seconds/",), "By part of the step."),
 )
+AIMS = 2  # the first charts: what the run learns by
 
 
 def is_training_run(place: Path) -> bool:
@@ -56,14 +65,13 @@ def write_training_report(run: Path, out: Path | None = None) -> Path:
 def _page(run: Path, facts: Mapping[str, Any], folder: Path) -> str:
     metrics = history.read_metrics(run)
     done, steps = int(metrics[-1]["step"]) if metrics else 0, facts["config"]["steps"]
-    rewards = " + ".join(f"{weight:g} {name}" for name, weight in facts["reward"].items()) or "the model's own understanding"
     samples, groups = history.read_albums(run, "samples"), history.read_albums(run, "rollouts")
     return pages.render(
         "training.html.j2",
         script="copy.js",
         title=f"{run.resolve().name}: training report",
         heading=run.resolve().name,
-        lead=f"{facts['trainer']} from {facts['model']['name']}, reward {rewards}, prompts {facts['prompts']}; step {done} of {steps}.",
+        lead=f"{facts['trainer']} from {facts['model']['name']}, {_taught(facts)}; step {done} of {steps}.",
         body_class="",
         is_partial=False,
         verdict=history.verdict(metrics),
@@ -74,16 +82,25 @@ def _page(run: Path, facts: Mapping[str, Any], folder: Path) -> str:
         denoising=[_chart(one.title, one.curves, one.note, (0, one.last)) for one in gain_report.step_charts(run, metrics)],
         times=_times(metrics),
         samples=_over_time(_spread(samples, COLUMNS), folder),
+        grounding=[_group(album, folder) for album in _spread(history.read_albums(run, "grounding"), GROUPS)],
         groups=[_group(album, folder) for album in _spread(groups, GROUPS)],
         is_dense=any(name.startswith("map_") for line in metrics for name in line),
         options=_options(facts),
     )
 
 
+def _taught(facts: Mapping[str, Any]) -> str:
+    """What the run learned from, in words."""
+    if facts.get("data"):
+        return f"{facts['pairs']['number']} pairs of {facts['data']}"
+    rewards = " + ".join(f"{weight:g} {name}" for name, weight in facts["reward"].items()) or "the model's own understanding"
+    return f"reward {rewards}, prompts {facts['prompts']}"
+
+
 def _charts(metrics: Sequence[Line], span: tuple[int, int]) -> list[dict[str, Any]]:
-    """The charts of the page: the panel's headline after the reward, the others as CHARTS lists them."""
+    """The charts of the page: the panel's headline after the aims, the others as CHARTS lists them."""
     found = [_chart(title, _curves(metrics, prefixes), note, span) for title, prefixes, note in CHARTS]
-    return [chart for chart in (found[0], *_panel_charts(metrics, span)[:1], *found[1:]) if chart]
+    return [chart for chart in (*found[:AIMS], *_panel_charts(metrics, span)[:1], *found[AIMS:]) if chart]
 
 
 def _panel_charts(metrics: Sequence[Line], span: tuple[int, int]) -> list[dict[str, Any]]:

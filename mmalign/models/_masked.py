@@ -259,8 +259,10 @@ class MaskedImages:
         places_RN = first_slots(ids_RL == self.mask_id, codes_RN.shape[1])
         tokens_RN = torch.where(codes_RN == HIDDEN, self.mask_id, codes_RN + self.offset)
         rows_RL = ids_RL.scatter(1, places_RN, tokens_RN)
-        is_plain = given is None or given.hints is None
-        hidden_RLE = self._hidden(rows_RL, mask_RL) if is_plain else self._hidden_after(given, rows_RL, mask_RL)
+        if given is None or given.hints is None:
+            hidden_RLE = self._hidden(rows_RL, mask_RL)
+        else:
+            hidden_RLE = self._hidden_after(given, rows_RL, mask_RL)
         places_RK = places_RN.gather(1, slots_RK)
         picked_RKE = hidden_RLE.gather(1, places_RK[..., None].expand(-1, -1, hidden_RLE.shape[-1]))
         return head_slice(self.head, self.offset, self.offset + self.codes)(picked_RKE).float()

@@ -1,4 +1,4 @@
-"""Train a checkpoint with a method and a reward, or continue where the run stopped; --then-eval measures it beside its base.
+"""Train a checkpoint with a reward or on image-text pairs, or continue where the run stopped; --then-eval measures it beside its base.
 
 Every option of the trainer is a flag (--learning-rate 1e-5, --steps 200, --attribution fast_shap); --show-config lists them.
 The same line under `torchrun --nproc-per-node N -m mmalign` trains on N processes.
@@ -23,6 +23,7 @@ def declare(parser: argparse.ArgumentParser) -> Run:
     )
     what.add_argument("--reward", metavar="NAME=W[,NAME=W]", help="scorers and their weights (default: the recipe's, or the paper's)")
     what.add_argument("--prompts", metavar="SUITE|FILE", help="a suite's train split, a .txt file, or a .jsonl file")
+    what.add_argument("--data", metavar="DIR|FILE", help="image-text pairs: a folder, a .jsonl file or webdataset shards a-{000..127}.tar")
     what.add_argument("--panel", metavar="SUITE", help="measured on held-out prompts every --panel-every steps")
     what.add_argument("--config", type=Path, metavar="FILE", help="a recipe (YAML); flags win over it")
     what.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's folder (default: runs/<name from all choices>)")
@@ -39,7 +40,8 @@ def declare(parser: argparse.ArgumentParser) -> Run:
             screen.say(config.dump_yaml(training.described(job)).rstrip())
             screen.give(training.described(job))
             return COMPLETE
-        screen.say(f"{job.trainer.name} on {job.spec.name}: reward {_weights(job.reward)}, prompts {job.source}, run {job.run}")
+        taught = f"pairs of {job.data}" if job.data else f"reward {_weights(job.reward)}, prompts {job.source}"
+        screen.say(f"{job.trainer.name} on {job.spec.name}: {taught}, run {job.run}")
         if job.recipe:
             screen.say(f"  recipe    {job.recipe}")
         try:
