@@ -165,7 +165,7 @@ class _Layer:
     def __init__(self, layer: Any, rows: int, pack: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.head_dim, self.scale, self.act = attention.head_dim, attention.scaling, mlp.act_fn
-        self.norm_query, self.norm_key = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.norms: tuple[Any, Any] | None = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
         self.norm_in, self.norm_mlp = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = fused([attention.q_proj, attention.k_proj, attention.v_proj], rows, pack)
         self.out = fused([attention.o_proj], rows, pack)
@@ -179,9 +179,9 @@ class _Layer:
         rows, slots = hidden_RPE.shape[:2]
         joint = self.qkv(self.norm_in(hidden_RPE).flatten(0, 1)).view(rows, slots, sum(self.heads), self.head_dim)
         turned, value = joint.transpose(1, 2).split((self.heads[0] + self.heads[1], self.heads[2]), 1)
-        if self.norm_query is not None:
-            query, key = turned.split(self.heads[:2], 1)
-            turned = torch.cat([self.norm_query(query), self.norm_key(key)], 1)
+        if self.norms is not None:
+            parts = turned.split(self.heads[:2], 1)
+            turned = torch.cat([norm(part) for norm, part in zip(self.norms, parts, strict=True)], 1)
         query, key = _rotate(turned, tables).split(self.heads[:2], 1)
         return query, key, value
 

@@ -1,7 +1,7 @@
-"""The KL autoencoder of latent diffusion in CompVis' own layout: kl16.ckpt of MAR (LTH14/mar) and of Harmon.
+"""The KL autoencoder of latent diffusion in CompVis' own layout: kl16.ckpt of MAR (LTH14/mar) and Harmon, ae.safetensors of FLUX and BAGEL.
 
-Pictures become the means of a Gaussian, 16 pixels per side to one latent. Sizes come from the tensors, the attention of a level from its
-being there. It runs in float32 always: half precision leaves visible bands in flat colours.
+Pictures become the means of a Gaussian, 16 or 8 pixels per side to one latent. Sizes come from the tensors, the attention of a level from
+its being there. It runs in float32 always: half precision leaves visible bands in flat colours.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ class KlAutoencoder(nn.Module):
         return {_moved(name, back=True): value for name, value in self.state_dict().items()}
 
 
-def kl_autoencoder(tensors: Mapping[str, Tensor], where: object) -> KlAutoencoder:
-    """The autoencoder of the tensors, every parameter present and none left over; MmalignError says what is wrong."""
+def kl_autoencoder(tensors: Mapping[str, Tensor], where: object, projects: bool = True) -> KlAutoencoder:
+    """The autoencoder of the tensors, every parameter present and none left over; MmalignError says what is wrong.
+
+    `projects`: 1 x 1 convolutions stand at the latents (FLUX's has none).
+    """
     given = {_moved(name): value.float() for name, value in tensors.items() if not UNUSED.match(name)}
     parts = {
         part: {name.removeprefix(f"{part}."): value for name, value in given.items() if name.startswith(f"{part}.")}
@@ -50,10 +53,10 @@ def kl_autoencoder(tensors: Mapping[str, Tensor], where: object) -> KlAutoencode
     }
     try:
         with torch.device("meta"):
-            encoder, decoder = encoder_for(parts["encoder"]), decoder_for(parts["decoder"])
+            encoder, decoder = encoder_for(parts["encoder"], projects), decoder_for(parts["decoder"], projects)
         model = KlAutoencoder(encoder, decoder, parts["decoder"]["conv_in.weight"].shape[1], 2 ** (len(encoder.down) - 1))
     except (KeyError, IndexError) as error:
-        raise MmalignError(f"{where} holds no KL autoencoder: it lacks {error}. Give kl16.ckpt.") from error
+        raise MmalignError(f"{where} holds no KL autoencoder: it lacks {error}. Give the right file, or download it again.") from error
     expected = set(model.state_dict())
     check_names(expected - set(given), set(given) - expected, where)
     check_shapes(given, model, where)

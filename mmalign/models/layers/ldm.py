@@ -99,9 +99,11 @@ class Middle(nn.Module):
 
 class Encoder(nn.Module):
     """Pixels in [-1, 1] to features, `2 ** (levels - 1)` times smaller. `widths` and `blocks` are those of the levels, finest first;
-    `attends` says which levels have attention (none, if empty)."""
+    `attends` says which levels have attention (none, if empty), `projects` whether a 1 x 1 convolution ends it."""
 
-    def __init__(self, first: int, widths: Sequence[int], blocks: Sequence[int], features: int, attends: Sequence[bool] = ()) -> None:
+    def __init__(
+        self, first: int, widths: Sequence[int], blocks: Sequence[int], features: int, attends: Sequence[bool] = (), projects: bool = True
+    ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, first, 3, padding=1)
         inputs = [first, *widths[:-1]]
@@ -110,7 +112,7 @@ class Encoder(nn.Module):
             level.downsample = Halve(width)
         self.mid = Middle(widths[-1])
         self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], features, 3, padding=1)
-        self.quant_conv = nn.Conv2d(features, features, 1)
+        self.quant_conv = nn.Conv2d(features, features, 1) if projects else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x = self.conv_in(x_BCHW)
@@ -120,11 +122,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to pixels in about [-1, 1]. `up` is stored finest level first and run backwards."""
+    """Features to pixels in about [-1, 1]. `up` is stored finest level first and run backwards; `projects`: a 1 x 1 one begins."""
 
-    def __init__(self, features: int, last: int, widths: Sequence[int], blocks: Sequence[int]) -> None:
+    def __init__(self, features: int, last: int, widths: Sequence[int], blocks: Sequence[int], projects: bool = True) -> None:
         super().__init__()
-        self.post_quant_conv = nn.Conv2d(features, features, 1)
+        self.post_quant_conv = nn.Conv2d(features, features, 1) if projects else nn.Identity()
         self.conv_in = nn.Conv2d(features, last, 3, padding=1)
         self.mid = Middle(last)
         inputs = [*widths[1:], last]
@@ -140,18 +142,18 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-def encoder_for(tensors: Mapping[str, Tensor]) -> Encoder:
+def encoder_for(tensors: Mapping[str, Tensor], projects: bool = True) -> Encoder:
     """An encoder, without weights, of the sizes of its tensors; KeyError names a tensor that is needed to size it."""
     widths, blocks = _levels(tensors, "down")
     attends = [f"down.{level}.attn.0.q.weight" in tensors for level in range(len(widths))]
-    return Encoder(len(tensors["conv_in.weight"]), widths, blocks, len(tensors["conv_out.weight"]), attends)
+    return Encoder(len(tensors["conv_in.weight"]), widths, blocks, len(tensors["conv_out.weight"]), attends, projects)
 
 
-def decoder_for(tensors: Mapping[str, Tensor]) -> Decoder:
+def decoder_for(tensors: Mapping[str, Tensor], projects: bool = True) -> Decoder:
     """A decoder, without weights, of the sizes of its tensors; KeyError names a tensor that is needed to size it."""
     widths, blocks = _levels(tensors, "up")
     last, features = tensors["conv_in.weight"].shape[:2]
-    return Decoder(features, last, widths, blocks)
+    return Decoder(features, last, widths, blocks, projects)
 
 
 def _levels(tensors: Mapping[str, Tensor], part: str) -> tuple[list[int], list[int]]:
