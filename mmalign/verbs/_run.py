@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmalign.config import redact
-from mmalign.screen import Screen, Show, columns
+from mmalign.screen import Screen, Show
 from mmalign.types import MmalignError
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def say_left_out(left_out: Mapping[str, str], total: int, screen: Screen) -> lis
     """Name each suite that was left out, with the reason and its remedy; the same as JSON-able data."""
     if left_out:
         screen.say(f"Left out {len(left_out)} of {total} suites:")
-        for line in columns([(f"  {suite}", reason) for suite, reason in left_out.items()]):
-            screen.say(line)
+        width = max(map(len, left_out))
+        for suite, reason in left_out.items():  # in full, because a reason ends with its remedy
+            screen.say(f"  {suite:<{width}}  {reason}")
     return [{"suite": suite, "status": "left out", "reason": reason, "is_complete": False} for suite, reason in left_out.items()]
 
 
