@@ -28,6 +28,7 @@ from mmalign.trainers import _flow as flow
 from mmalign.trainers import flow_grpo
 
 from mmalign import grpo, sde
+from mmalign.hub import CHECKPOINTS
 from mmalign.loop import Loop
 from mmalign.models import _diffusion
 from mmalign.models._diffusion import UNCOND, Diffusion
@@ -36,7 +37,7 @@ from mmalign.reward import RewardBatch
 from mmalign.trajectory import Policy, Prompts, Trajectory
 from mmalign.types import Prompt, Sample, Value
 
-TEXT = "a photo of a red circle to the left of two small blue squares"
+TEXT = "a photo of a red circle"
 PRICES = {"terminal": None, "n = 1": 1, "n = 2": 2, "n = t": 0}  # deterministic steps of a completion, by name
 
 
@@ -56,10 +57,12 @@ class Large(Diffusion):
 
 
 def build(size: str, device: str, folder: Path) -> Diffusion:
-    """The tiny pipeline of the tests, or the same with a denoiser and an image coder of SD3.5-M's shapes, made on the device."""
+    """The tests' tiny pipeline, the testbed's, or the first with a denoiser and an image coder of SD3.5-M's shapes."""
     model = load(make_sd3(folder / "sd3", seed=1), device=device)
     if size == "tiny":
         return model
+    if size == "testbed":
+        return load(CHECKPOINTS / "tiny-sd3", device=device)
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
     with torch.random.fork_rng(devices=[device] if device != "cpu" else []), torch.device(device):
@@ -128,7 +131,7 @@ def measure(model: Diffusion, options: argparse.Namespace, run: Path) -> dict[st
     """Completions three ways, how far their latents are from one another, and whole steps at every price."""
     config = flow_grpo.Config(
         steps=1, samples=options.samples, denoising_steps=options.steps, micro_batch=options.micro_batch, lora_rank=8, beta=0.0,
-        image_every=0, autocast="none" if options.size == "tiny" else "bfloat16", gradient_checkpointing=options.size != "tiny",
+        image_every=0, autocast="bfloat16" if options.size == "sd35m" else "none", gradient_checkpointing=options.size == "sd35m",
     )  # fmt: skip
     loop = Loop(config, model, run)
     prompts = [Prompt(f"prompt-{number}", f"{TEXT} {number}") for number in range(options.prompts)]
@@ -183,7 +186,7 @@ def table(found: dict[str, Any], title: str) -> str:
 
 def main(typed: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=("tiny", "sd35m"), default="sd35m")
+    parser.add_argument("--size", choices=("tiny", "testbed", "sd35m"), default="sd35m")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps")
     parser.add_argument("--prompts", type=int, default=1)
