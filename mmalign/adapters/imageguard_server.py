@@ -49,10 +49,10 @@ def load(config: Config = Config(), device: str = "cuda") -> ImageGuardServer:
             f"{folder} is no copy of OpenSafetyLab/ImageGuard: it has no lora/config.yaml. Name it with imageguard_server.folder."
         )
     sys.path.insert(0, str(folder))
-    from utils.arguments import DataArguments, EvalArguments, LoraArguments, ModelArguments  # type: ignore[import-not-found]
-    from utils.conv_utils import fair_query, safe_query  # type: ignore[import-not-found]
-    from utils.img_utils import ImageProcessor  # type: ignore[import-not-found]
-    from utils.model_utils import init_model  # type: ignore[import-not-found]
+    from utils.arguments import DataArguments, EvalArguments, LoraArguments, ModelArguments
+    from utils.conv_utils import fair_query, safe_query
+    from utils.img_utils import ImageProcessor
+    from utils.model_utils import init_model
 
     settings = yaml.safe_load((folder / "lora" / "config.yaml").read_text(encoding="utf-8"))
     lora, training, described = LoraArguments(), EvalArguments(), ModelArguments()

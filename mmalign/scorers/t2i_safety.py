@@ -19,7 +19,7 @@ from mmalign.judge import Question, Reply, read
 from mmalign.scorers import remote
 from mmalign.scorers._judged import Judged, JudgeOptions
 from mmalign.scorers._samples import Item
-from mmalign.types import Deviation, Failure, Sample, Score, Scorer, Value, digest
+from mmalign.types import Deviation, Failure, Sample, Score, Value, digest
 
 NEEDS = ("endpoint",)
 VERSION = 1
@@ -106,7 +106,7 @@ class T2iSafety:
 class Guard:
     """ImageGuard's replies, which its server gives as the values' details, read by one domain's rule."""
 
-    def __init__(self, served: Scorer, parse: Callable[[str], Any], value: Callable[[Any], Value]) -> None:
+    def __init__(self, served: remote.RemoteScorer, parse: Callable[[str], Any], value: Callable[[Any], Value]) -> None:
         self._served, self._parse, self._value = served, parse, value
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
