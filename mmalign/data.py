@@ -1,7 +1,9 @@
 """Benchmark data: pinned public sources, checked by sha256, kept in one folder. Nothing is ever replaced by another file silently.
 
 A source is declared in the `data:` list of a protocol card (evaluators/cards/<suite>.yaml), so that it is found without an import.
-The folder is $MMALIGN_DATA, or ~/.cache/mmalign/data; a file lies there as <name>/<file>.
+The folder is $MMALIGN_DATA, or ~/.cache/mmalign/data; a file lies there as <name>/<file>. Where a publisher names no checksum (`sha256` "")
+the file that is added pins itself: its sha256 is noted beside it, in the form that `sha256sum -c` reads. Such a source may be many files,
+named by a pattern below its folder ("*/validation-*.parquet").
 """
 
 from __future__ import annotations
@@ -12,18 +14,20 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from mmalign import reach
 from mmalign.types import MmalignError, Source, UsageError
 
 CARDS = Path(__file__).resolve().parent.parent / "evaluators" / "cards"
 CARDS_INSTALLED = Path(__file__).resolve().parent / "evaluators" / "cards"
 TIMEOUT_SECONDS = 20
 JOINED = "/*.txt"
+NOTED = "added.sha256"
 
 State = Literal["ready", "absent", "wrong"]
 
@@ -58,9 +62,13 @@ def data_path(name: str, cards: Iterable[Path] = ()) -> Path:
     """The checked file of source `name`; fetched from its pinned address when it is absent. MmalignError says what to do otherwise."""
     source = _find(name, cards)
     path = _place(source)
-    if _state(source, path) == "absent":
+    state = _state(source, path)
+    if state == "absent":
         return fetch(name, cards)
-    _check(source, path)
+    if not source.sha256 and state == "wrong":
+        raise MmalignError(f"{path} is not what was added as '{name}' (see {NOTED} there). Add it again: {_command(name)}")
+    if source.sha256:
+        _check(source, path)
     return path
 
 
@@ -73,18 +81,12 @@ def add(name: str, path: Path, cards: Iterable[Path] = ()) -> Path:
     if source.url.endswith(JOINED) and Path(path).is_dir():
         with tempfile.TemporaryDirectory() as scratch:
             return add(name, _join(source, Path(path), Path(scratch)), cards)
+    if not source.sha256:
+        return _add_noted(source, Path(path))
     found = _search(source, Path(path))
     _check(source, found)
     place = _place(source)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-    os.close(handle)
-    try:
-        shutil.copyfile(found, temporary)
-        _check(source, Path(temporary))  # the file may have changed, or the disk filled, since the first look
-        os.replace(temporary, place)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    _copy(found, place, lambda copy: _check(source, copy))  # the file may have changed, or the disk filled, since the first look
     return place
 
 
@@ -95,29 +97,41 @@ def fetch(name: str, cards: Iterable[Path] = ()) -> Path:
 
     source = _find(name, cards)
     place = _place(source)
+    if not source.sha256:
+        raise MmalignError(
+            f"The data '{name}' is not in {place}. No checksum of it is published, so it is not fetched: "
+            f"take {source.file} from {source.url}, then run: {_command(name)}"
+        )
     if source.url.endswith(JOINED):
         address = "/".join(source.url.split("/")[:5])
         raise MmalignError(
             f"The data '{name}' is not in {place.parent}; it is made of many small files. Clone {address}, then run: {_command(name)}"
         )
     downloader = pooch.HTTPDownloader(timeout=TIMEOUT_SECONDS)
+    if silence := reach.silence(source.url):
+        raise MmalignError(_bring(source, silence))
     try:
-        known = None if _is_git(source) else f"sha256:{source.sha256}"
+        known = None if _is_git(source) else f"{_kind(source)}:{source.sha256}"
         pooch.retrieve(source.url, known, fname=place.name, path=place.parent, downloader=downloader)
         if known is None and _state(source, place) != "ready":
             place.unlink()
             raise ValueError("another git blob")
     except (requests.RequestException, OSError) as error:
-        raise MmalignError(
-            f"The data '{name}' is not in {place.parent} and {source.url} cannot be reached ({type(error).__name__}). "
-            f"Bring the file {source.file} ({_kind(source)} {source.sha256}) from a machine that is online, then run: {_command(name)}"
-        ) from error
+        raise MmalignError(_bring(source, f"{source.url} cannot be reached ({type(error).__name__})")) from error
     except ValueError as error:  # pooch's word, and ours, for a checksum that differs
         raise MmalignError(
             f"The file at {source.url} is not the pinned '{name}': expected {_kind(source)} {source.sha256}. Nothing was kept. "
             f"If you have the right file, run: {_command(name)}"
         ) from error
     return place
+
+
+def _bring(source: Source, why: str) -> str:
+    """What to do about a file that cannot be fetched."""
+    return (
+        f"The data '{source.name}' is not in {_place(source).parent}, and {why}. Bring the file {source.file} "
+        f"({_kind(source)} {source.sha256}) from a machine that is online (it is {source.url}), then run: {_command(source.name)}"
+    )
 
 
 def listing(cards: Iterable[Path] = ()) -> list[Listed]:
@@ -151,7 +165,10 @@ def sha256(path: Path) -> str:
 
 
 def _hash(source: Source, path: Path) -> str:
-    """What the source is pinned by: the file's sha256, or its id as a git blob, where a repository names no other."""
+    """What the source is pinned by: the file's sha256, or its id as a git blob or its md5, where a publisher names no other."""
+    if _kind(source) == "md5":
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if not _is_git(source):
         return sha256(path)
     content = path.read_bytes()
@@ -163,7 +180,7 @@ def _is_git(source: Source) -> bool:
 
 
 def _kind(source: Source) -> str:
-    return "git blob" if _is_git(source) else "sha256"
+    return {40: "git blob", 32: "md5"}.get(len(source.sha256), "sha256")
 
 
 def _declared(card: Path) -> list[Source]:
@@ -186,13 +203,61 @@ def _find(name: str, cards: Iterable[Path]) -> Source:
 
 
 def _place(source: Source) -> Path:
-    return data_home() / source.name / source.file
+    folder = data_home() / source.name
+    return folder if "*" in source.file else folder / source.file
 
 
 def _state(source: Source, path: Path) -> State:
+    if not source.sha256:
+        noted = data_home() / source.name / NOTED
+        lines = load_lines(noted) if noted.is_file() else []
+        return ("ready" if lines == _notes(noted.parent, source.file) else "wrong") if lines else "absent"
     if not path.is_file():
         return "absent"
     return "ready" if _hash(source, path) == source.sha256 else "wrong"
+
+
+def _notes(folder: Path, pattern: str) -> list[str]:
+    """One line a file: its sha256 and its path below the folder."""
+    return [f"{sha256(file)}  {file.relative_to(folder).as_posix()}" for file in sorted(folder.glob(pattern))]
+
+
+def _add_noted(source: Source, path: Path) -> Path:
+    """Copy the file or files of a source without a published checksum, and note what they are; the note comes last."""
+    is_file = path.is_file() and "*" not in source.file
+    files = [path] if is_file else sorted(path.glob(source.file))
+    if not files:
+        raise MmalignError(f"{path} holds no {source.file} to add as '{source.name}'. Take it from {source.url} and give its folder.")
+    folder = data_home() / source.name
+    (folder / NOTED).unlink(missing_ok=True)
+    given = {file.resolve() for file in files}  # they may be those of the data folder itself
+    for old in sorted(folder.glob(source.file)):
+        if old.resolve() not in given:
+            old.unlink()
+    for file in files:
+        place = folder / (source.file if is_file else file.relative_to(path))
+        if place.resolve() != file.resolve():
+            _copy(file, place)
+    notes = _notes(folder, source.file)
+    with tempfile.TemporaryDirectory() as scratch:
+        written = Path(scratch) / NOTED
+        written.write_text("".join(line + "\n" for line in notes), encoding="utf-8", newline="\n")
+        _copy(written, folder / NOTED)
+    return _place(source)
+
+
+def _copy(file: Path, place: Path, check: Callable[[Path], None] | None = None) -> None:
+    """Copy a file so that `place` holds all of it or what was there before."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+    os.close(handle)
+    try:
+        shutil.copyfile(file, temporary)
+        if check:
+            check(Path(temporary))
+        os.replace(temporary, place)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _check(source: Source, path: Path) -> None:

@@ -68,8 +68,9 @@ class Request:
         return f"{self.prompt.id}/{self.index}"
 
     def key(self, model: str) -> str:
-        """Digest of all that changes the sample: text, input images, seed, size, settings, the model's fingerprint."""
-        return digest(model, self.prompt.text, self.prompt.meta.get("images"), self.index, self.seed, self.size, dict(self.settings))
+        """Digest of all that changes the sample: text, input images, options where it is to choose, seed, size, settings, the model."""
+        parts = (model, self.prompt.text, self.prompt.meta.get("images"), self.index, self.seed, self.size, dict(self.settings))
+        return digest(*parts, *([self.prompt.meta.get("options")] if self.settings.get("task") == "choose" else ()))
 
 
 def request_seed(base: int, prompt_id: str, index: int) -> int:
@@ -141,7 +142,8 @@ class Row:
 class Source:
     """One benchmark file: its name here, the file's name, the pinned public address (with a commit), its sha256 and licence.
 
-    `sha256` may be a git blob id (40 hex digits) instead. `optional`: only an option of the suite asks for it.
+    `sha256` may be a git blob id (40 hex digits) or an md5 (32) instead, or "" where the publisher names none. `file` may then be a pattern
+    of many files. `optional`: only an option of the suite asks for it.
     """
 
     name: str
@@ -240,7 +242,7 @@ class Model(Protocol):
     name: str
     family: str
     fingerprint: str
-    capabilities: frozenset[str]  # of: image, answer, train
+    capabilities: frozenset[str]  # of: image, answer, choose, train
     settings: Mapping[str, Any]
     determinism: str  # bitwise, kernel or none
 

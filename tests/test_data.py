@@ -11,6 +11,7 @@ from mmalign import data
 from mmalign.types import MmalignError, UsageError
 
 CONTENT = b'{"prompt": "a photo of a lamp"}\n{"prompt": "a photo of a drum"}\n'
+UNPUBLISHED = {"gqa", "mmmu", "seed_bench"}  # no checksum is named where these are published
 SHA = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -133,9 +134,12 @@ def test_a_card_with_a_malformed_source_is_named(tmp_path):
 
 def test_every_built_in_source_is_pinned():
     for source in data.sources().values():
-        assert len(source.sha256) in (64, 40) and set(source.sha256) <= set("0123456789abcdef"), source
         assert source.url.startswith("https://") and source.licence, source
-        assert any(len(part) == 40 for part in source.url.split("/")), f"{source.url} names no commit"
+        assert (source.sha256 == "") == (source.name in UNPUBLISHED), source
+        if source.sha256:
+            assert len(source.sha256) in (64, 40, 32) and set(source.sha256) <= set("0123456789abcdef"), source
+            names_commit = any(len(part) == 40 for part in source.url.split("/"))
+            assert names_commit or len(source.sha256) == 32, f"{source.url} names no commit"
 
 
 def test_lines(tmp_path):
@@ -152,3 +156,50 @@ def test_lines(tmp_path):
     path.write_bytes(b"[1]\n")
     with pytest.raises(MmalignError, match="line 1: expected a JSON object, got list"):
         data.load_json_lines(path)
+
+
+def test_an_md5_pins_where_a_publisher_names_no_other(tmp_path):
+    cards = [card(tmp_path, sha256=hashlib.md5(CONTENT).hexdigest())]
+    (tmp_path / "lamps.jsonl").write_bytes(CONTENT)
+    assert data.add("lamps", tmp_path / "lamps.jsonl", cards) == data.data_path("lamps", cards)
+    (tmp_path / "lamps.jsonl").write_bytes(CONTENT[1:])
+    with pytest.raises(MmalignError, match="expected md5"):
+        data.add("lamps", tmp_path / "lamps.jsonl", cards)
+
+
+def test_without_a_published_checksum_what_was_added_pins_itself(tmp_path, home):
+    cards = [card(tmp_path, sha256="")]
+    with pytest.raises(MmalignError, match="No checksum of it is published, so it is not fetched: take lamps.jsonl from http"):
+        data.data_path("lamps", cards)
+    assert states(cards)["lamps"] == "absent"
+    (tmp_path / "renamed.jsonl").write_bytes(CONTENT)
+    place = data.add("lamps", tmp_path / "renamed.jsonl", cards)
+    assert place == home / "lamps" / "lamps.jsonl" == data.data_path("lamps", cards)
+    assert (home / "lamps" / data.NOTED).read_text() == f"{SHA}  lamps.jsonl\n"
+    place.write_bytes(CONTENT[1:])
+    with pytest.raises(MmalignError, match="is not what was added as 'lamps'.*mmalign data add lamps --from PATH"):
+        data.data_path("lamps", cards)
+    assert states(cards)["lamps"] == "wrong"
+    data.add("lamps", place, cards)  # where it lies already
+    assert states(cards)["lamps"] == "ready" and place.read_bytes() == CONTENT[1:]
+
+
+def test_a_source_of_many_files_is_a_folder(tmp_path, home):
+    cards = [card(tmp_path, sha256="")]
+    cards[0].write_text(cards[0].read_text().replace("lamps.jsonl\n", "'*/part-*.jsonl'\n", 1))
+    clone = tmp_path / "clone"
+    for name in ("red/part-1.jsonl", "blue/part-1.jsonl", "blue/other.jsonl"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text(name)
+    assert data.add("lamps", clone, cards) == home / "lamps" == data.data_path("lamps", cards)
+    assert sorted(str(path.relative_to(home / "lamps")) for path in (home / "lamps").rglob("*.jsonl")) == [
+        "blue/part-1.jsonl",
+        "red/part-1.jsonl",
+    ]
+    (home / "lamps" / "red" / "part-2.jsonl").write_text("more")
+    assert states(cards)["lamps"] == "wrong", "a file that was not added"
+    (clone / "red" / "part-1.jsonl").unlink()
+    data.add("lamps", clone, cards)
+    assert states(cards)["lamps"] == "ready" and not list((home / "lamps" / "red").glob("*.jsonl"))
+    with pytest.raises(MmalignError, match=r"holds no \*/part-\*.jsonl to add as 'lamps'"):
+        data.add("lamps", tmp_path, cards)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Sampling:
     """Sampling settings with the official defaults; a checkpoint's generation_config.json may set another guidance.
 
-    `task` is image (draw prompt.text) or answer (reply to prompt.text about prompt.meta["images"], at most one).
+    `task` is image (draw prompt.text), answer (reply to prompt.text about prompt.meta["images"], at most one) or choose (the letter of the
+    likeliest of prompt.meta["options"] as that reply).
     With an `instruction` ({prompt} stands for the text) the model first writes its reasoning and then draws from both, as T2I-R1 does.
     """
 
