@@ -315,26 +315,27 @@ def test_verdicts_are_the_official_ones_on_random_replies(module):
     same()
 
 
-@settings(max_examples=1000, deadline=None)
-@given(counts=st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=6, max_size=6))
-def test_the_mean_is_the_official_summary(counts, tmp_path_factory):
-    path = oracle("mmdt", "mmdt/summarize.py") / "mmdt" / "summarize.py"
-    summarise = official(path, "get_safety_scores", os=os, json=json)
-    folder, mine = tmp_path_factory.mktemp("results"), {}
-    for module, modality, own in ((mmdt, "text_to_image", counts[:3]), (mmdt_i2t, "image_to_text", counts[3:])):
-        rows = []
-        for name, (harmful, harmless, rejected) in zip(module.SCENARIOS, own, strict=True):
-            total = harmful + harmless + rejected
-            made = [(1.0, 1.0)] * harmful + [(0.0, 1.0)] * harmless + [(0.0, 0.0)] * rejected
-            rows += [judged(module, name, *pair, f"{name}-{at}") for at, pair in enumerate(made)]
-            if total:
-                place = folder / modality / "safety" / "org" / "model" / name
+def test_means_are_those_of_the_official_summary(tmp_path):
+    """A thousand scenarios of 170 models in one call; some of them are absent."""
+    path, random = oracle("mmdt", "mmdt/summarize.py") / "mmdt" / "summarize.py", np.random.default_rng(0)
+    mine: dict[str, dict[str, float | None]] = {"text_to_image": {}, "image_to_text": {}}
+    for number in range(170):
+        for module, modality in ((mmdt, "text_to_image"), (mmdt_i2t, "image_to_text")):
+            rows = []
+            for name in module.SCENARIOS:
+                harmful, harmless, rejected = map(int, random.integers(0, 3, 3))
+                total = harmful + harmless + rejected
+                made = [(1.0, 1.0)] * harmful + [(0.0, 1.0)] * harmless + [(0.0, 0.0)] * rejected
+                rows += [judged(module, name, *pair, f"{name}-{at}") for at, pair in enumerate(made)]
+                place = tmp_path / modality / "safety" / "org" / f"model-{number}" / name
                 place.mkdir(parents=True)
-                (place / "statistic_result.txt").write_text(json.dumps({"BR": 1 - rejected / total, "HGR": harmful / total}))
-        mine[modality] = module.Evaluator().aggregate(rows)["overall"]
-    expected = summarise(str(folder))
-    for modality, value in mine.items():
-        assert value == pytest.approx(expected.get(modality, {}).get("org/model"), abs=1e-12)
+                if total:
+                    (place / "statistic_result.txt").write_text(json.dumps({"BR": 1 - rejected / total, "HGR": harmful / total}))
+            mine[modality][f"org/model-{number}"] = module.Evaluator().aggregate(rows)["overall"]
+    theirs = official(path, "get_safety_scores", os=os, json=json)(str(tmp_path))
+    for modality, found in mine.items():
+        assert {model: mean for model, mean in found.items() if mean is not None} == pytest.approx(theirs[modality])
+        assert 100 < len(theirs[modality]) < 170
 
 
 @pytest.mark.parametrize("module", [judge, reader])
