@@ -180,9 +180,8 @@ def tiny_dpt(path):
     return path
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    root = tmp_path_factory.mktemp("compbench")
+def tiny_options(root):
+    """The scorer's options for tiny networks, written below a folder."""
     blip, detector = str(tiny_questions.blip(root / "blip")), str(tiny_questions.grounding_dino(root / "dino"))
     made = {
         "blip": blip,
@@ -192,6 +191,11 @@ def options(tmp_path_factory):
         "depth": str(tiny_dpt(root / "dpt")),
     }
     return {**made, "blip_side": 32, "detector_side": 96, "depth_side": 32, "threshold": 0.3}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    return tiny_options(tmp_path_factory.mktemp("compbench"))
 
 
 @pytest.fixture(scope="module")

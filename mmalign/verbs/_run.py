@@ -44,6 +44,7 @@ def say_left_out(left_out: Mapping[str, str], total: int, screen: Screen) -> lis
         width = max(map(len, left_out))
         for suite, reason in left_out.items():  # in full, because a reason ends with its remedy
             screen.say(f"  {suite:<{width}}  {reason}")
+        screen.say("`mmalign doctor` lists all that is absent here, with the commands that bring it.")
     return [{"suite": suite, "status": "left out", "reason": reason, "is_complete": False} for suite, reason in left_out.items()]
 
 
