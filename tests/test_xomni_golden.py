@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from mmalign.models import _causal_codes
 from mmalign.models._xomni import GRID, CutPolicy, XOmni
 from mmalign.models._xomni_flux import SemanticFlux, read_transformer
+from mmalign.models._xomni_net import XOmniCachedTrunk
 from mmalign.models._xomni_serve import read_network
 from mmalign.models._xomni_text import Fitting
+from mmalign.models.layers.cached import Cache
 from mmalign.models.layers.siglip_vq import read_siglip_tokenizer
 from mmalign.trajectory import Prompts, Trajectory
 
@@ -56,19 +58,18 @@ def test_golden_logits_of_both_vocabularies(xomni, golden):
 
 @pytest.mark.parametrize("padding", [0, 3])
 def test_golden_logits_after_a_cached_prompt(xomni, golden, padding):
-    """Rows end in codes, so the cache is continued with codes; padding in front changes nothing."""
-    ids, start = torch.nn.functional.pad(golden["ids"], (padding, 0)), golden["config"]["lm"]["vocab_size"]
-    is_code = ids[:, -1] >= start
-    assert is_code.any()
-    mask = torch.arange(ids.shape[1]).expand_as(ids) >= padding
-    trunk = xomni.code_writer(1, is_guided=True).trunk
-    prefix = trunk.read(ids[:, :-1], mask[:, :-1])
-    cache = _causal_codes.Cache(prefix, len(ids), 1, block=1)
-    first = cache.begin(prefix, torch.arange(len(ids)))
-    codes = golden["config"]["image_vocab_size"]
-    close(xomni.net.mm_head(first)[:, :codes], golden["li"][:, -2, start : start + codes])
-    last = trunk.step(trunk.trunk.mm_embed_tokens((ids[:, -1] - start).clamp(min=0)), cache)
-    close(xomni.net.mm_head(last[is_code])[:, :codes], golden["li"][is_code, -1, start : start + codes])
+    """Each row's last token goes through the cache: a code or a word; padding in front changes nothing."""
+    start, codes = golden["config"]["lm"]["vocab_size"], golden["config"]["image_vocab_size"]
+    for row, ids in enumerate(golden["ids"]):
+        ids = torch.nn.functional.pad(ids[None], (padding, 0))
+        mask = torch.arange(ids.shape[1])[None] >= padding
+        trunk = XOmniCachedTrunk(xomni.trunk, 1, writes_codes=bool(ids[0, -1] >= start))
+        prefix = trunk.read(ids[:, :-1], mask[:, :-1])
+        cache = Cache(prefix, 1, 1, block=1)
+        states = cache.begin(prefix, torch.zeros(1, dtype=torch.long)), trunk.step(xomni.trunk.embed(ids[:, -1:])[:, 0], cache)
+        for at, hidden in zip((-2, -1), states, strict=True):
+            close(xomni.net.mm_head(hidden)[0, :codes], golden["li"][row, at, start : start + codes])
+            close(xomni.net.lm_head(hidden)[0], golden["lt"][row, at, :start])
 
 
 def test_golden_sampler_run(xomni, golden, monkeypatch):

@@ -54,11 +54,8 @@ class CodeWriter(_causal_codes.CodeWriter):
     def __init__(self, model: XOmni, n_samples: int, is_guided: bool) -> None:
         rows = n_samples * (2 if is_guided else 1)
         super().__init__(model, XOmniCachedTrunk(model.trunk, rows, writes_codes=True), is_guided)
-        self.head, self.table, self.codes = (
-            fused([model.net.mm_head], rows, can_pack(model.trunk)),
-            model.trunk.mm_embed_tokens,
-            model.codes,
-        )
+        self.head = fused([model.net.mm_head], rows, can_pack(model.trunk))
+        self.table, self.codes = model.trunk.mm_embed_tokens, model.codes
 
     def logits(self, hidden_RE: Tensor) -> Tensor:
         return self.head(hidden_RE)[:, : self.codes].float()

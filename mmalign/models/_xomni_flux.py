@@ -93,11 +93,11 @@ def read_decoder(folder: Path, flux: Path, settings: dict[str, Any], dtype: torc
     from diffusers import FluxPipeline
 
     parts = {name: _read_part(flux / name, *cls, torch.float32 if name == "vae" else dtype) for name, cls in PARTS.items()}
-    pipe = FluxPipeline(transformer=read_transformer(folder).to(dtype), **parts)
-    for part in pipe.components.values():
+    parts["transformer"] = read_transformer(folder, dtype)
+    for part in parts.values():
         if isinstance(part, nn.Module):
             part.to(device).eval().requires_grad_(False)
-    layout = SemanticFlux(pipe)
+    layout = SemanticFlux(FluxPipeline(**parts))
     if settings["upscale_factor"] != layout.scale * layout.multiple:
         raise MmalignError(
             f"The decoder in {folder} makes {settings['upscale_factor']} pixels per code, and FLUX in {flux} one token of "
@@ -107,7 +107,7 @@ def read_decoder(folder: Path, flux: Path, settings: dict[str, Any], dtype: torc
     return FluxDecoder(layout, settings["upscale_factor"], settings["num_inference_steps"], settings["cfg_scale"], tokens)
 
 
-def read_transformer(folder: Path) -> Any:
+def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The FLUX transformer with `siglip_embed`, every parameter present and none left over."""
     from diffusers import FluxTransformer2DModel
 
@@ -117,7 +117,7 @@ def read_transformer(folder: Path) -> Any:
     with torch.device("meta"):
         net = FluxTransformer2DModel.from_config({name: value for name, value in content.items() if name not in OWN})
         net.siglip_embed = nn.Linear(content["siglip_channels"], net.inner_dim, bias=False)
-    tensors = read_tensors(folder)
+    tensors = {name: value.to(dtype) for name, value in read_tensors(folder).items()}
     expected = set(net.state_dict())
     check_names(expected - set(tensors), set(tensors) - expected, folder)
     check_shapes(tensors, net, folder)

@@ -45,10 +45,12 @@ class XOmniTrunk(nn.Module):
         hidden, is_code = self.embed(ids_RP), self.is_code(ids_RP)[..., None]
         position_RP = (mask_RP.long().cumsum(-1) - 1).clamp(min=0)
         tables = self.rotary_emb(hidden, position_RP)
-        slots = ids_RP.shape[1]
-        causal = torch.ones(slots, slots, dtype=torch.bool, device=ids_RP.device).tril()
-        itself = torch.eye(slots, dtype=torch.bool, device=ids_RP.device)
-        allowed = ((causal & mask_RP[:, None, :]) | itself)[:, None]
+        allowed = None  # plainly causal, for which there are faster kernels
+        if not bool(mask_RP.all()):
+            slots = ids_RP.shape[1]
+            causal = torch.ones(slots, slots, dtype=torch.bool, device=ids_RP.device).tril()
+            itself = torch.eye(slots, dtype=torch.bool, device=ids_RP.device)
+            allowed = ((causal & mask_RP[:, None, :]) | itself)[:, None]
         for index, layer in enumerate(self.layers):
             made = layer(hidden, attention_mask=allowed, position_embeddings=tables, position_ids=position_RP)
             hidden = made if index in self.shared else torch.where(is_code, made, hidden)

@@ -110,7 +110,7 @@ def open_model(path: Path, sampling: Any, device: str, dtype: str, extra: Mappin
     return XOmniModel(path, extra_folders(path, extra, NEEDED)["flux"], sampling, device, dtype)
 
 
-def read_network(path: Path, content: Mapping[str, Any], dtype: str) -> XOmniNet:
+def read_network(path: Path, content: Mapping[str, Any], dtype: str) -> Any:
     """The language model with the folder's weights: every parameter present, none left over. KeyError names what the config lacks."""
     from transformers import Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding

@@ -87,6 +87,12 @@ class Residual(nn.Module):
         return x_BEhw + self.conv2(F.gelu(self.norm2(x)))
 
 
+class Codebook(nn.Module):
+    def __init__(self, codes: int, depth: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codes, depth)
+
+
 class Projector(nn.Module):
     """Features to codes, and codes to features."""
 
@@ -95,18 +101,18 @@ class Projector(nn.Module):
         depth, width = tensors["quant_conv.weight"].shape[:2]
         codes = len(tensors["quantize.embedding.weight"])
         self.quant_conv, self.post_quant_conv = nn.Conv2d(width, depth, 1), nn.Conv2d(depth, width, 1)
-        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(codes, depth)})
+        self.quantize = Codebook(codes, depth)
         blocks = len({match[1] for name in tensors if (match := re.match(r"post_conv\.(\d+)\.", name))})
         self.post_conv = nn.Sequential(*[Residual(width) for _ in range(blocks)])
 
     def codes_of(self, x_BEhw: Tensor) -> Tensor:
         """int [B, h, w]: the nearest code by cosine."""
         z_BhwD = self.quant_conv(x_BEhw).permute(0, 2, 3, 1)
-        return (F.normalize(z_BhwD, dim=-1) @ F.normalize(self.quantize["embedding"].weight, dim=-1).T).argmax(-1)
+        return (F.normalize(z_BhwD, dim=-1) @ F.normalize(self.quantize.embedding.weight, dim=-1).T).argmax(-1)
 
     def features_of(self, codes_Bhw: Tensor) -> Tensor:
         """[B, E, h, w]."""
-        return self.post_conv(self.post_quant_conv(self.quantize["embedding"](codes_Bhw).permute(0, 3, 1, 2)))
+        return self.post_conv(self.post_quant_conv(self.quantize.embedding(codes_Bhw).permute(0, 3, 1, 2)))
 
 
 class SiglipTokenizer(nn.Module):
@@ -122,7 +128,7 @@ class SiglipTokenizer(nn.Module):
 
     @property
     def codes(self) -> int:
-        return self.projector.quantize["embedding"].num_embeddings
+        return self.projector.quantize.embedding.num_embeddings
 
     @torch.no_grad()
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
