@@ -108,6 +108,18 @@ def test_scorer_gives_the_share_of_facts_and_says_what_is_wrong():
     assert isinstance(strict, Value) and strict.x == 0.0
 
 
+def test_the_exact_form_sees_what_was_not_asked_for():
+    clauses = (world.Clause("circle", color="red"),)
+    circle = world.Thing(0, 0, "circle", "red", "large")
+    strange = world.Thing(2, 2, "square", "blue", "large")
+    pictures = render([(circle,), (circle, strange), (strange,)])
+    values = {
+        form: [value.x for value in shapes.load(shapes.Config(form)).score([sample(clauses, picture) for picture in pictures])]
+        for form in ("share", "strict", "exact")
+    }
+    assert values["share"] == [1, 1, 0] and values["strict"] == [1, 0, 0] and values["exact"] == pytest.approx([1, 2 / 3, 0])
+
+
 def test_scorer_reports_a_prompt_without_facts_as_a_hole():
     picture = render([()])[0]
     (score,) = shapes.load().score([Sample(Request(Prompt("p", "a dog"), 0, 0), image=picture)])

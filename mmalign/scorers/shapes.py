@@ -23,9 +23,10 @@ TOGETHER = 256  # pictures read at once
 
 @dataclass(frozen=True)
 class Config:
-    """`form`: share = satisfied facts / facts; strict = 1 only when every fact holds and nothing else is in the picture."""
+    """`form`: share = satisfied facts / facts; strict = 1 only when every fact holds and nothing else is in the picture; exact = satisfied
+    facts / (facts + things of shapes not asked for + unreadable cells), which is 1 where strict is and sees what share does not."""
 
-    form: Literal["share", "strict"] = "share"
+    form: Literal["share", "strict", "exact"] = "share"
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,13 @@ class ShapesScorer:
         wrong = [name for name, holds in verdicts.items() if not holds]
         surplus = len(reading.scene) - sum(clause.count for clause in clauses)
         notes = wrong + ([f"{surplus:+d} things"] if surplus else []) + ([f"{reading.unclear} unclear"] if reading.unclear else [])
+        asked = {clause.shape for clause in clauses}
+        strange = sum(thing.shape not in asked for thing in reading.scene) + reading.unclear
+        forms = {"share": share, "strict": is_strict, "exact": sum(verdicts.values()) / (len(verdicts) + strange)}
         return Value(
-            x=share if self.config.form == "share" else is_strict,
+            x=forms[self.config.form],
             parts={"share": share, "strict": is_strict},
-            heatmap=oracle.truth(image, reading.scene, {clause.shape for clause in clauses}),
+            heatmap=oracle.truth(image, reading.scene, asked),
             detail="; ".join(notes) or "all facts hold",
         )
 
