@@ -27,8 +27,8 @@ def scenes(number, seed=7):
 
 def small(module, **changes):
     """A recipe of seconds."""
-    stages = (Stage(2, 1e-3, 4, wrong=0.2, planned=0.5, answers=2 if module is build_showo else 0),)
-    return module.Recipe(width=32, layers=1, heads=2, picture=magvit.Recipe(steps=2, batch=2), stages=stages, **changes)
+    stages = (Stage(2, 1e-3, 4, wrong=0.2, planned=0.5, thing_weight=4.0, by_cell=0.5, answers=2 if module is build_showo else 0),)
+    return module.Recipe(width=32, layers=1, heads=2, picture=magvit.Recipe(stages=((2, 1e-3),), batch=2), stages=stages, **changes)
 
 
 def test_two_patches_have_one_code_exactly_when_they_look_the_same():
@@ -101,12 +101,12 @@ def test_a_build_that_was_stopped_ends_like_one_that_was_not(tmp_path):
     build_showo.build(tmp_path / "part", tmp_path / "two", longer)
     whole, part = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "part")
     assert all(torch.equal(whole[name], part[name]) for name in whole)
-    assert {path.name for path in (tmp_path / "two").glob("*.pt")} == {"magvit.pt", "showo-1.pt", "showo-2.pt"}
+    assert {path.name for path in (tmp_path / "two").glob("*.pt")} == {"magvit-1.pt", "showo-1.pt", "showo-2.pt"}
 
 
 def test_training_lowers_the_loss_of_what_it_was_shown(tmp_path):
     model, _ = build_mmada.make_model(small(build_mmada), tmp_path, magvit.make_magvit(0))
-    stage = Stage(1, 0.0, 8, wrong=0.0, planned=0.0)
+    stage = Stage(1, 0.0, 8, wrong=0.0, planned=0.0, thing_weight=1.0, by_cell=0.5)
     optimizer = torch.optim.AdamW(model.net.parameters(), lr=3e-3)
     losses = []
     for _ in range(12):
@@ -117,6 +117,22 @@ def test_training_lowers_the_loss_of_what_it_was_shown(tmp_path):
         losses.append(float(loss.detach()))
     assert losses[0] == pytest.approx(6.2, abs=0.3)  # log of 512 codes
     assert losses[-1] < losses[0] - 1
+
+
+def test_whole_cells_are_hidden_in_a_share_of_the_pictures():
+    unit_N = masked.units()
+    for cell in range(9):
+        row, column = divmod(cell, 3)
+        thing = world.Thing(row, column, "circle", "red", "small")
+        assert torch.equal(unit_N == cell, magvit.codes_of([(thing,)])[0] != 0)
+    assert sorted(unit_N.unique().tolist()) == list(range(9 + 28))
+    uniform = torch.rand(200, 65, generator=torch.Generator().manual_seed(1))
+    hidden = masked.hidden_codes(uniform, 120)
+    cells = torch.stack([hidden[:, unit_N == cell].float().mean(1) for cell in range(9)], 1)
+    is_whole = ((cells == 0) | (cells == 1)).all(1)
+    assert is_whole[:120].all() and is_whole[120:].float().mean() < 0.2
+    assert hidden.any(1).all() and torch.equal(hidden[120:], masked.random_masks(uniform, 64)[120:])
+    assert 0.55 < hidden[:120].float().mean() < 0.72  # 2 / pi
 
 
 def test_a_tenth_of_the_texts_is_the_guided_branchs(tmp_path):

@@ -36,8 +36,8 @@ class Recipe:
     heads: int = 5
     picture: magvit.Recipe = magvit.Recipe()
     stages: tuple[Stage, ...] = (
-        Stage(3000, 1.5e-3, 32, wrong=0.2, planned=0.3),
-        Stage(2000, 8e-4, 40, wrong=0.15, planned=0.1),
+        Stage(3000, 1.5e-3, 32, wrong=0.2, planned=0.3, thing_weight=4.0, by_cell=0.0),
+        Stage(1300, 1e-3, 32, wrong=0.1, planned=0.0, thing_weight=1.0, by_cell=0.5),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,12 +33,11 @@ FIRST = CODES // 2  # code of the first quarter of a thing
 
 @dataclass(frozen=True)
 class Recipe:
-    """Length of the tokenizer's training."""
+    """Length of the tokenizer's training: stages of so many steps at a learning rate."""
 
     seed: int = 0
-    steps: int = 500
-    batch: int = 48
-    learning_rate: float = 2e-3
+    stages: tuple[tuple[int, float], ...] = ((500, 2e-3),)
+    batch: int = 24
 
 
 def code_of(thing: Thing, quarter: int) -> int:
@@ -67,8 +67,8 @@ def make_magvit(seed: int) -> Magvit:
 def train_magvit(vq: Magvit, recipe: Recipe, work: Path) -> None:
     """The encoder learns to name the patches, bit by bit, and the decoder to draw them; then both are frozen."""
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        scenes = boards(10_000_000 + recipe.seed + step, recipe.batch)
+    def loss_of(step: int, before: int) -> tuple[Tensor, dict[str, float]]:
+        scenes = boards(10_000_000 + recipe.seed + before + step, recipe.batch)
         codes_BN, x_BCHW = codes_of(scenes), pixels_of(scenes)
         bits_BNC = ((codes_BN[..., None] & vq.powers) > 0).float()
         with torch.autocast("cpu", torch.bfloat16):
@@ -82,7 +82,10 @@ def train_magvit(vq: Magvit, recipe: Recipe, work: Path) -> None:
             "named": round(float(right), 5),
         }
 
-    fit("magvit", work, vq.parameters(), {"vq": vq}, loss_of, recipe.steps, recipe.learning_rate)
+    before = 0
+    for number, (steps, rate) in enumerate(recipe.stages, 1):
+        fit(f"magvit-{number}", work, vq.parameters(), {"vq": vq}, partial(loss_of, before=before), steps, rate)
+        before += steps
     vq.eval().requires_grad_(False)
 
 

@@ -18,13 +18,14 @@ from torch.nn.utils import parametrize
 
 from mmalign.models.layers.masked import random_masks
 from mmalign.testbed import corpus
-from mmalign.testbed.magvit import CODES, FIRST, QUARTERS, TOKENS, codes_of
-from mmalign.testbed.render import render
+from mmalign.testbed.build_janus import PATCH
+from mmalign.testbed.magvit import CODES, FIRST, QUARTERS, SIDE, TOKENS, codes_of
+from mmalign.testbed.render import CELL, MARGIN, render
 from mmalign.testbed.training import fit
 from mmalign.testbed.world import COLORS, SHAPES, SIZES
+from mmalign.testbed.world import SIDE as BOARD
 from mmalign.trajectory import Policy, Prompts, Trajectory
 
-THING_WEIGHT = 4.0  # of a place with a thing in the loss; an empty one weighs 1
 TEXTS = 800  # of each sort that the tokenizer learns from; all words of the world are among them
 LENGTHS = 2  # groups of similar length that a batch is cut into, so that short texts carry less padding
 
@@ -32,14 +33,20 @@ LENGTHS = 2  # groups of similar length that a batch is cut into, so that short 
 @dataclass(frozen=True)
 class Stage:
     """A stretch of training with its own warm-up and cosine. `wrong` is the share of drawings with one thing wrong, `planned` that of
-    drawings whose text carries a plan; where a text leaves it open, the corpus' painter decides where things stand. `answers`: questions
-    about pictures in a step, for a model that reads."""
+    drawings whose text carries a plan; where a text leaves it open, the corpus' painter decides where things stand.
+
+    `thing_weight` is that of a place with a thing in the loss, where an empty one weighs 1: more than 1 learns faster and draws too many
+    things, so a last stage has 1. `by_cell` is the share of pictures of which whole cells are hidden, not single patches. `answers`:
+    questions about pictures in a step, for a model that reads.
+    """
 
     steps: int
     learning_rate: float
     drawings: int
     wrong: float
     planned: float
+    thing_weight: float
+    by_cell: float
     answers: int = 0
 
 
@@ -109,22 +116,47 @@ def train(name: str, model: Any, seed: int, stages: Sequence[Stage], work: Path,
 
 def drawing_loss(model: Any, seed: int, stage: Stage, step: int, no_text: float) -> Tensor:
     """Cross-entropy of hidden codes: cos(pi / 2 u) of a picture's for a uniform u, as the families train; `no_text` of the texts are empty
-    ones, for guidance. Places with things weigh more."""
+    ones, for guidance."""
     examples = corpus.drawings(20_000_000 + seed + step, stage.drawings, stage.wrong, stage.planned, True)
-    examples.sort(key=lambda example: len(example.text))
     stream = torch.Generator().manual_seed(1_000_003 * seed + step)
-    hidden_BN = random_masks(torch.rand(len(examples), TOKENS + 1, generator=stream), TOKENS)
+    hidden_BN = hidden_codes(torch.rand(len(examples), TOKENS + 1, generator=stream), round(stage.by_cell * len(examples)))
     blank_B = torch.rand(len(examples), generator=stream) < no_text
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row].text))
     codes_BN = codes_of([example.scene for example in examples])
-    weight_BN = hidden_BN * (1 + (THING_WEIGHT - 1) * (codes_BN != 0))
+    weight_BN = hidden_BN * (1 + (stage.thing_weight - 1) * (codes_BN != 0))
     total = torch.zeros(())
-    for rows in np.array_split(np.arange(len(examples)), LENGTHS):
+    for rows in np.array_split(order, LENGTHS):
         prompts = without_text(model.encode_prompts([examples[row].text for row in rows]), blank_B[rows])
         codes = codes_BN[rows]
         shown = Trajectory("masked", codes, torch.zeros(codes.shape), Policy(guidance=1.0), tuple(range(len(rows))))
         log_prob = model.log_prob_given(prompts, shown, hidden_BN[rows], which="cond")
         total = total - (log_prob * weight_BN[rows]).sum()
     return total / weight_BN.sum()
+
+
+def hidden_codes(uniform_BN: Tensor, by_cell: int) -> Tensor:
+    """bool [B, N] codes to hide for training; in the first `by_cell` pictures a cell's four are hidden together, or none.
+
+    A sampler that keeps what it is surest of leaves the things for the end: whole cells are then hidden, all around them is known, and
+    what is left to decide is how many things there are. Single patches hidden at random leave such states out: four of one cell are
+    hardly ever hidden when most of the picture is shown.
+    """
+    single = random_masks(uniform_BN, TOKENS)
+    unit_N = units()
+    whole = random_masks(uniform_BN[:by_cell, : int(unit_N.max()) + 2], int(unit_N.max()) + 1)
+    return torch.cat([whole[:, unit_N], single[by_cell:]])
+
+
+def units() -> Tensor:
+    """[N] numbers of what is hidden together: 0 to 8 the cells, then each patch of the margin by itself."""
+    numbers = torch.zeros(SIDE, SIDE, dtype=torch.long)
+    margin, patches = MARGIN // PATCH, CELL // PATCH
+    cells = torch.arange(BOARD**2).view(BOARD, BOARD).repeat_interleave(patches, 0).repeat_interleave(patches, 1)
+    is_margin = torch.ones_like(numbers, dtype=torch.bool)
+    is_margin[margin:-margin, margin:-margin] = False
+    numbers[~is_margin] = cells.flatten()
+    numbers[is_margin] = BOARD**2 + torch.arange(int(is_margin.sum()))
+    return numbers.flatten()
 
 
 def answering_loss(model: Any, seed: int, stage: Stage, step: int) -> Tensor:
