@@ -24,6 +24,12 @@ def streams(seeds: Sequence[int]) -> list[np.random.Philox]:
     return [np.random.Philox(key=seed % 2**64) for seed in seeds]
 
 
+def numbers(sources: Sequence[np.random.Philox], *shape: int) -> Tensor:
+    """[len(sources), *shape] float64 in [0, 1) on the CPU, the next ones of each stream; a fresh stream's are those of `uniforms`."""
+    words = np.stack([source.random_raw(int(np.prod(shape))) for source in sources]) >> np.uint64(11)
+    return torch.from_numpy(words.astype(np.float64) * 2.0**-53).reshape(len(sources), *shape)
+
+
 def normals(sources: Sequence[np.random.Philox], *shape: int) -> Tensor:
     """[len(sources), *shape] float32 normal numbers on the CPU, the next ones of each stream.
 
