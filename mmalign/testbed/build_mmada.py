@@ -22,8 +22,8 @@ from mmalign.testbed.masked import Stage
 VOCABULARY = 464
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", *(f"<|reserved_token_{number}|>" for number in range(11)), "<|mdm_mask|>")
 TURNS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-GUIDANCE = 1.5
-STEPS = 24
+GUIDANCE = 1.0
+STEPS = 64  # one code at a time: things drawn in one step do not know of each other
 
 
 @dataclass(frozen=True)

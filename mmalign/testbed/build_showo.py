@@ -23,8 +23,8 @@ from mmalign.testbed.masked import Stage
 
 VOCABULARY = 448
 END = "<|endoftext|>"
-GUIDANCE = 1.5
-STEPS = 24
+GUIDANCE = 1.0
+STEPS = 64  # one code at a time: things drawn in one step do not know of each other
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ class SharedAttributes(nn.Module):
     learned once for all things and not 32 times. `parametrize` folds it into plain weights when training is over.
     """
 
+    attributes_CA: Tensor
+
     def __init__(self, offset: int, width: int, seed: int) -> None:
         super().__init__()
         self.offset = offset
