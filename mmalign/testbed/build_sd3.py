@@ -35,7 +35,7 @@ SPREAD = 0.25  # of a latent as the coder gives it, beside bits of -1 and 1
 CELL_WEIGHT = 4.0  # of a latent of the board in the flow loss; one of the margin weighs 1
 TEXT_TOKENS = 24
 SHIFT = 3.0  # of the schedule, in training and in sampling
-SETTINGS = {"num_inference_steps": 10, "guidance_scale": 1.0, "max_sequence_length": 1}
+SETTINGS = {"num_inference_steps": 10, "guidance_scale": 2.5, "max_sequence_length": 1}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Recipe:
     text_width: int = 48
     vae_steps: int = 700
     vae_batch: int = 32
-    steps: int = 2600
+    steps: int = 2200
     batch: int = 64
     learning_rate: float = 1e-3
     wrong: float = 0.2
