@@ -93,7 +93,7 @@ def train(config: Config, model: Any, reward: Reward, prompts: Sequence[Prompt],
     if not hasattr(model, "complete"):
         raise UsageError(f"flow_grpo trains models that denoise in steps; the family {model.family} does not. Try t2i_r1.")
     rule, levels = noise(config, model, reward, prompts, loop)
-    estimate: grpo.KLForm = "k3" if config.kl in ("gaussian", "gaussian_nodt") else config.kl
+    estimate: grpo.KLForm = "k3" if config.kl == "gaussian" or config.kl == "gaussian_nodt" else config.kl
     objective = grpo.Objective(config.clip_low, config.clip_high, config.beta, estimate)
     how = flow.Update(objective, config.kl, config.log_prob, config.inner_epochs, config.micro_batch)
     advantage_rule = grpo.AdvantageRule(config.ddof, config.epsilon, config.scope, limit=config.limit)
