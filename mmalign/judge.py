@@ -220,9 +220,16 @@ def read(reply: Reply | Failure, parse: Callable[[str], T]) -> T | Failure:
 
 
 def json_in(text: str) -> dict[str, Any]:
-    """The one JSON object in a reply, bare, fenced or between words; ValueError when there is none or it is cut short."""
+    """The one JSON object in a reply, bare, fenced or between words; ValueError when there is none or it is cut short.
+
+    What a reasoning model writes between <think> and </think> is no part of its reply, and a draft in it is no verdict.
+    """
     import json
 
+    _, closes, after = text.partition("</think>")
+    if not closes and "<think>" in text:
+        raise ValueError("it ends within its reasoning")
+    text = after if closes else text
     fenced = re.search(r"```(?:json)?\s*(\{.*?\})\s*```", text, re.DOTALL)
     start = text.find("{")
     if start < 0:

@@ -153,6 +153,36 @@ def test_json_is_found_where_judges_put_it(text):
     assert json_in(text) == {"a": 1}
 
 
+GOOD_JSON = '{"score": 3, "reason": "a {red} cat"}'
+
+
+@pytest.mark.parametrize(
+    ("answers", "outcome"),
+    [
+        ([said(GOOD_JSON)], 3),
+        ([said(f"The cat is there and it is red.\n```json\n{GOOD_JSON}\n```")], 3),
+        ([said(f'<think>Of {{cat, dog}} perhaps {{"score": 1}}?</think>\n{GOOD_JSON}')], 3),
+        ([said('<think>Perhaps {"score": 1}, but then', finish="length")], "parse"),
+        ([said(GOOD_JSON[:25], finish="length")], "parse"),
+        ([said('{"score": ')], "parse"),
+        ([said("I'm sorry, but I can't help with rating this image.")], "refusal"),
+        ([said(None, refusal="I won't.")], "refusal"),
+        ([said("")], "parse"),
+        ([(429, {"error": {"message": "slow down"}}, 0.0), said(GOOD_JSON)], 3),
+        ([(500, {"error": {"message": "oops"}}, 0.0), (500, b"", 0.0), said(GOOD_JSON)], 3),
+        ([(500, {"error": {"message": "oops"}}, 0.0)], "error"),
+        ([(429, {"error": {"message": "slow down"}}, 0.0)], "error"),
+        ([(*said(GOOD_JSON)[:2], 30.0)], "timeout"),
+        ([(*said(GOOD_JSON)[:2], 30.0), said(GOOD_JSON)], 3),
+    ],
+)
+def test_recorded_replies(replay, answers, outcome):
+    """What came back from the server, in order (the last one for ever), and the score or kind of failure that it is worth."""
+    server = replay(lambda body, number: answers[min(number, len(answers)) - 1])
+    found = read(ask_one(server, timeout=0.5 if answers[0][2] else 30.0), lambda text: json_in(text)["score"])
+    assert found == outcome or (isinstance(found, Failure) and found.kind == outcome), found
+
+
 def test_read_passes_values_and_failures_through():
     assert read(Reply("7", "m"), int) == 7
     hole = Failure("score", "timeout", "x")
