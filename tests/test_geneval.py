@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmalign import data
 from mmalign.scorers import geneval
-from mmalign.scorers._clip_colour import crop
+from mmalign.scorers._clip_colour import Group, crop
 from mmalign.scorers._geneval_verdict import COLOURS, Detection
 from mmalign.scorers._mask2former import Found, detect
 from mmalign.types import Failure, MmalignError, Prompt, Request, Row, Sample, Scorer, UsageError, Value
@@ -50,7 +50,7 @@ def samples(scorer):
         objects = detect(scorer.detector, [image], 1, 0.3, 64)[0]
         kept = geneval.select(objects, "colors", 0.3, 0.9, 16)
         name, group = next(iter(kept.items()))
-        colour = scorer.colours.colours(image, name, group[:1])[0]
+        colour = scorer.colours.colours([Group(image, name, group[:1])])[0][0]
         clause = {"class": name, "count": 1, "color": colour if index % 2 else COLOURS[(COLOURS.index(colour) + 1) % 10]}
         meta = {"tag": "colors", "include": [clause], "prompt": "a photo"}
         made.append(Sample(Request(Prompt(f"{index:05d}", "a photo", ("colors",), meta), 0, index), image=image))

@@ -7,6 +7,7 @@ Changed: float32 where the official run uses fp16 autocast, and the features' do
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,15 @@ def crop(image_HWC: np.ndarray, detection: Detection) -> np.ndarray:
     return image_HWC[top:bottom, left:right]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Objects of one class in one image [H, W, 3], whose colours are asked."""
+
+    image: np.ndarray
+    name: str
+    detections: Sequence[Detection]
+
+
 class ColourClassifier:
     """A loaded CLIP with its ten-colour text classifiers, one per class name, made when first asked for."""
 
@@ -51,22 +61,34 @@ class ColourClassifier:
         sizes = vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.image_size, vision.hidden_act
         return sizes == (1024, 24, 14, 224, "quick_gelu")
 
-    def colours(self, image_HWC: np.ndarray, name: str, detections: Sequence[Detection]) -> list[str]:
-        """The most similar colour of each object; the earlier of COLOURS where two are equally similar."""
+    def colours(self, groups: Sequence[Group], batch_size: int = 64) -> list[list[str] | FloatingPointError]:
+        """The most similar colour of each object of each group; the earlier of COLOURS where two are equally similar.
+
+        Crops of all groups share batches. A group one of whose logits is not finite gives the error in its place.
+        """
         import torch
         from torch.nn import functional
 
-        if not detections:
-            return []
         side = self.model.config.vision_config.image_size
         parameter = next(self.model.parameters())
-        x_BCHW = torch.cat([clip_pixels(crop(image_HWC, detection), side) for detection in detections])
-        with torch.inference_mode():
-            features_BD = self.model.get_image_features(pixel_values=x_BCHW.to(parameter.device, parameter.dtype)).pooler_output
-            logits_BC = 100 * functional.normalize(features_BD.float(), dim=-1) @ self._classifier(name)
-        if not torch.isfinite(logits_BC).all():
-            raise FloatingPointError("The colour logits of CLIP hold NaN or infinity")
-        return [COLOURS[index] for index in logits_BC.argmax(1).tolist()]
+        owners = [at for at, group in enumerate(groups) for _ in group.detections]
+        crops = [clip_pixels(crop(group.image, detection), side) for group in groups for detection in group.detections]
+        found: list[list[str] | FloatingPointError] = [[] for _ in groups]
+        for start in range(0, len(crops), batch_size):
+            x_BCHW = torch.cat(crops[start : start + batch_size])
+            some = owners[start : start + batch_size]
+            with torch.inference_mode():
+                features_BD = self.model.get_image_features(pixel_values=x_BCHW.to(parameter.device, parameter.dtype)).pooler_output
+                unit_BD = functional.normalize(features_BD.float(), dim=-1)
+                classifiers_BDC = torch.stack([self._classifier(groups[at].name) for at in some])
+                logits_BC = 100 * (unit_BD[:, None] @ classifiers_BDC)[:, 0]
+            for at, is_finite, index in zip(some, logits_BC.isfinite().all(1).tolist(), logits_BC.argmax(1).tolist(), strict=True):
+                known = found[at]
+                if not is_finite:
+                    found[at] = FloatingPointError("The colour logits of CLIP hold NaN or infinity")
+                elif isinstance(known, list):
+                    known.append(COLOURS[index])
+        return found
 
     def _classifier(self, name: str) -> torch.Tensor:
         """[D, 10]: per colour the re-normalised mean of its templates' normalised embeddings."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SHORT, LONG, DIVISOR, GREY = 800, 1333, 32, 128
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CANDIDATES = 100  # query x class pairs kept per image
+PIXELS_AT_ONCE = 2**25  # of masks at full size: a hundred large ones at once are gigabytes
 MAY_LACK = ("swin.layernorm.", "criterion.")  # unused by the backbone; the loss's own buffer
 
 
@@ -54,45 +55,70 @@ def prepare(image_HWC: np.ndarray, short: int = SHORT) -> tuple[torch.Tensor, Si
 def objects(
     class_logits_QC: torch.Tensor, mask_logits_Qhw: torch.Tensor, padded: Size, unpadded: Size, original: Size, floor: float = 0.0
 ) -> list[Found]:
-    """The objects of one image, in no order.
+    """The objects of one image, in no order: `objects_of_each` of a batch of one. FloatingPointError when a logit is NaN or infinite."""
+    (found,) = objects_of_each(class_logits_QC[None], mask_logits_Qhw[None], padded, unpadded, original, floor)
+    if isinstance(found, FloatingPointError):
+        raise found
+    return found
+
+
+def objects_of_each(
+    class_logits_BQC: torch.Tensor, mask_logits_BQhw: torch.Tensor, padded: Size, unpadded: Size, original: Size, floor: float = 0.0
+) -> list[list[Found] | FloatingPointError]:
+    """The objects of each image, in no order; images of one size. An image with a logit that is NaN or infinite gives the error.
 
     Softmax over C classes and "no object" (dropped), the best 100 query-class pairs, mask logits upsampled to the padded input, cut to the
     unpadded part, resized to the original image and only then thresholded at 0. Score: class probability times the mean sigmoid inside the
     mask. Box: tight around the mask, right and bottom exclusive; all zero for an empty mask.
     `floor` leaves out pairs whose class probability alone is below it: their score cannot exceed it, and their masks are the costly part.
-    FloatingPointError when a logit is NaN or infinite.
     """
     import torch
+
+    finite_B = torch.isfinite(class_logits_BQC).flatten(1).all(1) & torch.isfinite(mask_logits_BQhw).flatten(1).all(1)
+    probabilities_BQC = class_logits_BQC.float().softmax(-1)[:, :, :-1]
+    n_classes = probabilities_BQC.shape[2]
+    best = probabilities_BQC.flatten(1).topk(min(CANDIDATES, probabilities_BQC[0].numel()))
+    pairs: list[list[tuple[int, int, float]]] = []  # of each image: query, class, probability
+    for is_finite, values, indices in zip(finite_B.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
+        kept = [(index, value) for index, value in zip(indices, values, strict=True) if value >= floor * 0.999]  # a mean sigmoid may pass 1
+        pairs.append([(index // n_classes, index % n_classes, value) for index, value in kept] if is_finite else [])
+    queries = [(row, query) for row, own in enumerate(pairs) for query in sorted({query for query, _, _ in own})]
+    masks: dict[tuple[int, int], tuple[float, np.ndarray, np.ndarray]] = {}
+    size = max(1, PIXELS_AT_ONCE // (max(padded[0], original[0]) * max(padded[1], original[1])))
+    for start in range(0, len(queries), size):
+        some = queries[start : start + size]
+        rows, own = zip(*some, strict=True)
+        masks |= dict(zip(some, _masks(mask_logits_BQhw[list(rows), list(own)], padded, unpadded, original), strict=True))
+    found: list[list[Found] | FloatingPointError] = []
+    for row, (is_finite, some_pairs) in enumerate(zip(finite_B.tolist(), pairs, strict=True)):
+        objects_of_row = []
+        for query, label, probability in some_pairs:
+            quality, mask_HW, box = masks[row, query]
+            objects_of_row.append(Found(label, Detection(box, probability * quality, mask_HW)))
+        found.append(objects_of_row if is_finite else FloatingPointError("The detector's logits hold NaN or infinity"))
+    return found
+
+
+def _masks(logits_Phw: torch.Tensor, padded: Size, unpadded: Size, original: Size) -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """Of each query its mean sigmoid inside its mask, the mask [H, W] and its box [4]."""
+    import numpy as np
     from torch.nn import functional
 
-    if not (torch.isfinite(class_logits_QC).all() and torch.isfinite(mask_logits_Qhw).all()):
-        raise FloatingPointError("The detector's logits hold NaN or infinity")
-    probabilities_QC = class_logits_QC.float().softmax(-1)[:, :-1]
-    n_classes = probabilities_QC.shape[1]
-    top_N, pairs_N = probabilities_QC.flatten().topk(min(CANDIDATES, probabilities_QC.numel()))
-    pairs_N = pairs_N[top_N >= floor * 0.999]  # the mean sigmoid may exceed 1 by rounding
-    queries = sorted({int(pair) // n_classes for pair in pairs_N})
-    found = {}
-    for query in queries:  # one mask at a time: a hundred at full size are gigabytes
-        logits = mask_logits_Qhw[query].float()[None, None]
-        logits = functional.interpolate(logits, size=padded, mode="bilinear", align_corners=False)[..., : unpadded[0], : unpadded[1]]
-        logits_HW = functional.interpolate(logits, size=original, mode="bilinear", align_corners=False)[0, 0]
-        mask_HW = logits_HW > 0
-        quality = (logits_HW.sigmoid() * mask_HW).sum() / (mask_HW.sum() + 1e-6)
-        found[query] = quality, mask_HW, _box(mask_HW)
-    result = []
-    for pair in pairs_N.tolist():
-        quality, mask_HW, box = found[pair // n_classes]
-        score = float(probabilities_QC.flatten()[pair] * quality)
-        result.append(Found(pair % n_classes, Detection(box, score, mask_HW.cpu().numpy())))
-    return result
+    logits = functional.interpolate(logits_Phw.float()[None], size=padded, mode="bilinear", align_corners=False)
+    logits = logits[..., : unpadded[0], : unpadded[1]]
+    logits_PHW = functional.interpolate(logits, size=original, mode="bilinear", align_corners=False)[0]
+    mask_PHW = logits_PHW > 0
+    quality_P = (logits_PHW.sigmoid() * mask_PHW).flatten(1).sum(1) / (mask_PHW.flatten(1).sum(1) + 1e-6)
+    (left, right), (top, bottom) = (_extent(mask_PHW.any(axis)) for axis in (1, 2))
+    boxes = np.array([left, top, right, bottom], np.float32).T
+    return list(zip(quality_P.tolist(), mask_PHW.cpu().numpy(), boxes, strict=True))
 
 
-def _box(mask_HW: torch.Tensor) -> np.ndarray:
-    import numpy as np
-
-    columns, rows = mask_HW.any(0).nonzero()[:, 0].tolist(), mask_HW.any(1).nonzero()[:, 0].tolist()
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if columns else [0, 0, 0, 0], np.float32)
+def _extent(any_PL: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Of each row the first index that holds and one past the last; 0 and 0 where none does."""
+    length, is_any = any_PL.shape[1], any_PL.any(1)
+    first, last = any_PL.int().argmax(1), length - any_PL.flip(1).int().argmax(1)
+    return (first * is_any).tolist(), (last * is_any).tolist()
 
 
 def detect(
@@ -117,10 +143,6 @@ def detect(
             padded = x_BCHW.shape[2], x_BCHW.shape[3]
             with torch.inference_mode():
                 out = model(pixel_values=x_BCHW, output_auxiliary_logits=False)
-                for row, index in enumerate(chunk):
-                    logits = out.class_queries_logits[row], out.masks_queries_logits[row]
-                    try:
-                        results[index] = objects(*logits, padded, prepared[row][1], size, floor)
-                    except FloatingPointError as error:
-                        results[index] = error
+                logits = out.class_queries_logits, out.masks_queries_logits
+                results |= zip(chunk, objects_of_each(*logits, padded, prepared[0][1], size, floor), strict=True)
     return [results[index] for index in range(len(images))]

@@ -17,7 +17,7 @@ from mmalign.scorers._geneval_verdict import Compat, Detection, check_metadata, 
 from mmalign.types import Deviation, Failure, MmalignError, Sample, Score, Value, digest
 
 NEEDS = ("weights: facebook/mask2former-swin-small-coco-instance", "weights: openai/clip-vit-large-patch14")
-VERSION = 1  # raise it with any change that can change a value
+VERSION = 2  # raise it with any change that can change a value
 
 # COCO's 80 classes in the detector's order, with the three names that GenEval changed (computer mouse, tv remote, computer keyboard).
 NAMES = (
@@ -29,6 +29,8 @@ NAMES = (
     "teddy bear,hair drier,toothbrush"
 )
 CLASSES = tuple(NAMES.split(","))
+
+Colours = dict[tuple[str, int], "list[str] | FloatingPointError"]  # class and number of objects -> their colours
 
 
 @dataclass(frozen=True)
@@ -120,22 +122,46 @@ class GenEval:
                 images[index] = image
         floor = min(self.config.threshold, self.config.counting_threshold)
         found = detect(self.detector, list(images.values()), self.config.batch_size, floor, self.config.resolution)
+        detections: dict[int, Mapping[str, Sequence[Detection]]] = {}
         for index, objects in zip(images, found, strict=True):
-            scores[index] = self._judge(images[index], objects, samples[index].request.prompt.meta)
+            if isinstance(objects, FloatingPointError):
+                scores[index] = Failure("score", "nonfinite", f"{objects}.")
+            else:
+                detections[index] = self._select(objects, samples[index].request.prompt.meta["tag"])
+        colours = self._colours(images, detections, samples)
+        for index, things in detections.items():
+            scores[index] = self._judge(things, samples[index].request.prompt.meta, colours[index])
         return [scores[index] for index in range(len(samples))]
 
-    def _judge(self, image_HWC: Any, objects: Any, metadata: Mapping[str, Any]) -> Score:
-        if isinstance(objects, FloatingPointError):
-            return Failure("score", "nonfinite", f"{objects}.")
+    def _select(self, objects: Sequence[Any], tag: str) -> dict[str, list[Detection]]:
         config = self.config
-        detections = select(objects, metadata["tag"], config.threshold, config.counting_threshold, config.max_objects)
-        asked: dict[tuple[str, int], list[str]] = {}
+        return select(objects, tag, config.threshold, config.counting_threshold, config.max_objects)
+
+    def _colours(
+        self, images: Mapping[int, Any], detections: Mapping[int, Mapping[str, Sequence[Detection]]], samples: Sequence[Sample]
+    ) -> dict[int, Colours]:
+        """By image the colours of every group that a verdict may ask for; one run of the classifier for the crops of all images."""
+        from mmalign.scorers._clip_colour import Group
+
+        keys = [
+            (index, name, count)
+            for index, things in detections.items()
+            for name, count in groups_asked(things, samples[index].request.prompt.meta)
+        ]
+        groups = [Group(images[index], name, detections[index][name][:count]) for index, name, count in keys]
+        found: dict[int, Colours] = {index: {} for index in detections}
+        for (index, name, count), colours in zip(keys, self.colours.colours(groups), strict=True):
+            found[index][name, count] = colours
+        return found
+
+    def _judge(self, detections: Mapping[str, Sequence[Detection]], metadata: Mapping[str, Any], colours: Colours) -> Score:
+        config = self.config
 
         def colours_of(name: str, group: Sequence[Detection]) -> list[str]:
-            key = name, len(group)  # a group is always the best few of its class
-            if key not in asked:
-                asked[key] = self.colours.colours(image_HWC, name, group)
-            return asked[key]
+            known = colours[name, len(group)]  # a group is always the best few of its class
+            if isinstance(known, FloatingPointError):
+                raise known
+            return known
 
         try:
             correct, reason = verdict(detections, metadata, colours_of, config.position_threshold)
@@ -145,6 +171,13 @@ class GenEval:
         parts = {"correct": float(correct), "strict": float(soft.correct), "soft": soft.soft}
         chosen = {"official": "correct", "strict": "strict", "soft": "soft"}[config.rule]
         return Value(parts[chosen], parts, detail=reason if config.rule == "official" else soft.reason)
+
+
+def groups_asked(detections: Mapping[str, Sequence[Detection]], metadata: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Class and number of objects of every group whose colours the verdicts may ask for: clauses with a colour whose count holds."""
+    clauses = [clause for clause in metadata["include"] if "color" in clause]
+    asked = [(clause["class"], clause["count"]) for clause in clauses if len(detections.get(clause["class"], ())) >= clause["count"]]
+    return list(dict.fromkeys(asked))
 
 
 def select(objects: Sequence[Any], tag: str, threshold: float, counting_threshold: float, limit: int) -> dict[str, list[Detection]]:
