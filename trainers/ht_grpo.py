@@ -108,7 +108,7 @@ class Config(LoopConfig):
     compat: Literal["fixed", "upstream"] = "fixed"  # upstream: the quirks of MaskGRPO's and TraceRL's code, docs/ht_grpo.md
 
     def __post_init__(self) -> None:
-        given = {name: value for name in REST | OWN[self.method] if (value := getattr(self, name)) is not None}
+        given = {name: value for name in {**REST, **OWN[self.method]} if (value := getattr(self, name)) is not None}
         for name, value in {**REST, **OWN[self.method], **given}.items():
             object.__setattr__(self, name, value)  # so that what is printed and kept is what is in force
         if self.decisions == "stages":
