@@ -1,8 +1,8 @@
-"""Verdicts on disk and on paper: one JSON file per claim in `results/claims/`, and the report over all of them.
+"""Verdicts on disk and on paper: a JSON file per claim and evidence in `results/claims/`, and the report over all of them.
 
 JSON: schema, number, name, paper, claim, evidence, verdict, effect {what, low, high} (the comparison that decided), comparisons {all,
-agree, opposite}, seeds, minutes, note, command. `evidence` is "published figures" here; a claim that is tested by training has the same
-fields. The files hold no date, so the same figures give the same bytes.
+agree, opposite}, seeds, minutes, note, command. `evidence` is "published figures" (<name>.json, no seeds) or "testbed"
+(<name>.testbed.json). The files hold no date, so the same figures give the same bytes.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def content(verdict: Verdict) -> dict[str, Any]:
         "name": claim.name,
         "paper": claim.paper,
         "claim": claim.claim,
-        "evidence": "published figures",
+        "evidence": verdict.evidence,
         "verdict": verdict.answer,
         "effect": {"what": decided.what, "low": round(decided.low, 6) + 0.0, "high": round(decided.high, 6) + 0.0},
         "comparisons": {"all": len(verdict.comparisons), "agree": answers["agrees"], "opposite": answers["opposite"]},
-        "seeds": 0,
-        "minutes": 0,
+        "seeds": verdict.seeds,
+        "minutes": round(verdict.minutes, 1) or 0,
         "note": claim.note,
-        "command": f"mmalign claims run {claim.name}",
+        "command": f"mmalign claims run {claim.name}" + (" --budget 10" if verdict.seeds else ""),
     }
 
 
@@ -52,7 +52,7 @@ def write(folder: Path, verdicts: Iterable[Verdict]) -> list[Path]:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for verdict in verdicts:
-            written.append(folder / f"{verdict.claim.name}.json")
+            written.append(folder / f"{verdict.claim.name}{'.testbed' if verdict.seeds else ''}.json")
             write_atomic(written[-1], (json.dumps(content(verdict), indent=2, ensure_ascii=False) + "\n").encode())
         write_atomic(folder / "README.md", markdown(read(folder)).encode())
     return written
@@ -94,7 +94,8 @@ def markdown(verdicts: Sequence[Mapping[str, Any]]) -> str:
         "",
         "The evidence *published figures* asks what the printed digits carry: a number stands for all that rounds to it, and where it",
         "disagrees with its own columns, for both. Above zero the claim holds at the place that decides; the effect is in the units of",
-        "that table, as a share for a relative claim. No such verdict says what another training run would give.",
+        "that table, as a share for a relative claim. No such verdict says what another training run would give. The evidence *testbed*",
+        "is a small measurement or training on the shapes world, compared seed by seed; `values/` holds every number.",
     ]
     for answer in ANSWERS:
         members = [verdict for verdict in verdicts if verdict["verdict"] == answer]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +40,9 @@ class Claim:
     name: str
     paper: str
     claim: str
-    tests: tuple[Mapping[str, Any], ...]
+    tests: tuple[Mapping[str, Any], ...] = ()  # on the published figures
     note: str = ""
+    experiment: Mapping[str, Any] = field(default_factory=dict)  # on the testbed (experiments.py)
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to one claim, with the comparison that decided it (the weakest) and all others."""
+    """The answer to one claim, with the comparison that decided it (the weakest) and all others; what it rests on and what that cost."""
 
     claim: Claim
     answer: Answer
     decided_by: Comparison
     comparisons: tuple[Comparison, ...]
+    evidence: str = "published figures"
+    seeds: int = 0
+    minutes: float = 0.0
 
 
 def load() -> dict[str, Claim]:
     """Every claim by its name, in the order of the numbers."""
     entries = [(path.stem, entry) for path in sorted(ROOT.glob("*.yaml")) for entry in load_yaml(path)]
-    found = [Claim(**{**entry, "paper": paper, "tests": tuple(entry["tests"])}) for paper, entry in entries]
+    found = [Claim(**{**entry, "paper": paper, "tests": tuple(entry.get("tests", ()))}) for paper, entry in entries]
     names = [claim.name for claim in found]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
@@ -92,18 +96,21 @@ def choose(names: Sequence[str]) -> list[Claim]:
 
 def judge(claim: Claim) -> Verdict:
     """Test a claim on the published figures."""
-    answers: list[tuple[Answer, Comparison]] = []
-    comparisons: list[Comparison] = []
+    found: list[tuple[list[Comparison], int]] = []
     for test in claim.tests:
         try:
-            found = _both(test)
+            compared = _both(test)
         except (KeyError, MmalignError) as error:
             raise MmalignError(f"The claim '{claim.name}' cannot be tested: {error}") from error
-        comparisons += found
-        answers.append(_combined(found, test.get("least", len(found))))
+        found.append((compared, test.get("least", len(compared))))
+    answer, decided = decide(found)
+    return Verdict(claim, answer, decided, tuple(one for compared, _ in found for one in compared))
+
+
+def decide(found: Sequence[tuple[Sequence[Comparison], int]]) -> tuple[Answer, Comparison]:
+    """The answer of several tests, each of comparisons of which some number has to hold: the worst of them decides."""
     worst = {"opposite": 0, "not resolved": 1, "agrees": 2}
-    answer, decided = min(answers, key=lambda item: (worst[item[0]], item[1].low))
-    return Verdict(claim, answer, decided, tuple(comparisons))
+    return min((_combined(*test) for test in found), key=lambda item: (worst[item[0]], item[1].low))
 
 
 def _combined(found: Sequence[Comparison], least: int) -> tuple[Answer, Comparison]:

@@ -1,7 +1,8 @@
 """The papers' claims and their verdicts: agrees, opposite or not resolved, with what decided.
 
 mmalign claims list                    every claim that has a test
-mmalign claims run [NAME ...]          test claims by name, number or paper (default: all) and keep the verdicts
+mmalign claims run [NAME ...]          test claims by name, number or paper (default: all) on the published figures; keep the verdicts
+mmalign claims run ... --budget 10     and by experiments on the testbed, for 10 minutes; the same line continues
 mmalign claims report                  the kept verdicts, unfavourable ones first
 """
 
@@ -20,10 +21,11 @@ def declare(parser: argparse.ArgumentParser) -> Run:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("action", choices=("list", "run", "report"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="a claim's name or number, or a paper (default: all)")
+    parser.add_argument("--budget", type=float, default=0.0, metavar="MINUTES", help="time for experiments (default: none are run)")
     parser.add_argument("--out", type=Path, default=Path("results/claims"), metavar="DIR", help="the verdicts (default: %(default)s)")
 
     def run(options: argparse.Namespace, screen: Screen) -> int:
-        from mmalign.leaderboards import verdict_report, verdicts
+        from mmalign.leaderboards import experiments, verdict_report, verdicts
 
         if options.action == "report":
             if options.names:
@@ -36,8 +38,15 @@ def declare(parser: argparse.ArgumentParser) -> Run:
                     screen.say(line)
                 screen.give([asdict(claim) for claim in chosen])
                 return COMPLETE
-            found = [verdicts.judge(claim) for claim in chosen]
+            found = [verdicts.judge(claim) for claim in chosen if claim.tests]
+            tested, left = experiments.run_all(chosen, options.out, options.budget, screen.say) if options.budget > 0 else ([], [])
+            found += tested
+            if not found:
+                names = ", ".join(claim.name for claim in chosen)
+                raise UsageError(f"Nothing was judged: {names} need experiments. Give them time with --budget MINUTES.")
             verdict_report.write(options.out, found)
+            if left:
+                screen.say(f"Time is over before {', '.join(left)}: the same line continues.")
             kept = [verdict_report.content(verdict) for verdict in found]
         ranked = sorted(kept, key=lambda one: (verdict_report.ANSWERS.index(one["verdict"]), one["number"]))
         for line in columns(
