@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EQUAL = 1e-9  # relative difference of float64 sums that is rounding
 Affinity = Literal["intra", "inter"]
 Diagonal = Literal["after", "before"]
 
@@ -43,11 +44,12 @@ def ground(
 
     A caption without a token grounds nothing: its map is 0 everywhere.
     """
-    text, visual = F.normalize(text_LD.float(), dim=-1), F.normalize(visual_ND.float(), dim=-1)
+    # float64: two tokens that receive the same must not be set apart by rounding, which min-max would blow up to 0 and 1
+    text, visual = F.normalize(text_LD.double(), dim=-1), F.normalize(visual_ND.double(), dim=-1)
     if not len(text):
-        return Grounding(torch.zeros(0, dtype=torch.bool), torch.zeros(0), torch.zeros(len(visual)))
+        return Grounding(torch.zeros(0, dtype=torch.bool), torch.zeros(0).double(), torch.zeros(len(visual)).double())
     logits_NL = visual @ text.T / temperature
-    importance = torch.zeros(len(text), device=text.device)
+    importance = torch.zeros_like(text[:, 0])
     if "intra" in affinities:
         importance = importance + min_max(intra_affinity(text, temperature, diagonal))
     if "inter" in affinities:
@@ -76,15 +78,16 @@ def grounding_scores(logits_NL: Tensor, chosen_L: Tensor) -> Tensor:
 
 
 def min_max(values: Tensor) -> Tensor:
-    """The values moved and scaled to [0, 1]; 0 where all are equal."""
+    """The values moved and scaled to [0, 1]; 0 where all are equal up to rounding."""
     least, greatest = values.min(), values.max()
-    return (values - least) / (greatest - least) if greatest > least else torch.zeros_like(values)
+    is_equal = greatest - least <= EQUAL * torch.maximum(greatest.abs(), least.abs())
+    return torch.zeros_like(values) if is_equal else (values - least) / (greatest - least)
 
 
 def perturbed(map_N: Tensor, noise: float, seed: int) -> Tensor:
     """[N] the map with uniform noise of [0, `noise`] added to each token (eq. 12), from the seed alone. Infinite noise is noise alone."""
     uniform_N = torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).random(len(map_N)))
-    return uniform_N if math.isinf(noise) else map_N.double() + noise * uniform_N
+    return uniform_N if math.isinf(noise) else map_N + noise * uniform_N
 
 
 def count(ratio: float, number: int) -> int:
