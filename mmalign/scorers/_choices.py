@@ -25,8 +25,10 @@ Rule = Literal["mmmu", "lmms_mmmu", "lmms_mmt", "can_infer", "vlmevalkit", "firs
 EDGES = ",.!?;:'"  # stripped from both ends, one after the other
 ENOUGH_WORDS = 5  # an option's text is looked for in answers of more words
 MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-DECLINED = ("Sorry, I can't help with images of people yet.", "I can't process this file.")
-DECLINED += ("I'm sorry, but without the image provided", "Cannot determine the answer")
+DECLINED = (
+    *("Sorry, I can't help with images of people yet.", "I can't process this file."),
+    *("I'm sorry, but without the image provided", "Cannot determine the answer"),
+)
 NO_OPTION = "Z"  # what VLMEvalKit's own judge answers for none of them
 TAIL = 4
 STATED = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
@@ -47,8 +49,8 @@ def read(answer: str, options: Mapping[str, str], rule: Rule) -> str | None:
         return letter if letter in options else None
     if rule in _MARKED:
         return _last_named(answer, options, rule)
-    letter = _only_letter(answer, options, rule)
-    return None if letter == NO_OPTION else letter or _only_text(answer, options, rule)
+    named = _only_letter(answer, options, rule)
+    return None if named == NO_OPTION else named or _only_text(answer, options, rule)
 
 
 def _last_named(answer: str, options: Mapping[str, str], rule: str) -> str | None:

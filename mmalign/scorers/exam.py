@@ -58,7 +58,7 @@ class Exam:
         if sample.answer is None:
             return Failure("score", "missing", f"The sample {sample.request.id} holds no answer.")
         if options is None:
-            return self._open(sample.answer, [answer] if isinstance(answer, str) else list(answer))
+            return self._open(sample.answer, [answer] if isinstance(answer, str) else list(answer or ()))
         letter = _choices.read(sample.answer, options, self.config.choice)
         parts, detail = {"unparsed": float(letter is None)}, letter or "unparsed"
         if letter is None and self.config.compat == "upstream" and self.config.choice in GUESSING:
