@@ -29,7 +29,7 @@ STEPS = 64  # one code at a time: things drawn in one step do not know of each o
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and lengths of the build; the shipped checkpoint is the default."""
+    """Sizes and lengths of the build."""
 
     seed: int = 0
     width: int = 160
@@ -38,7 +38,7 @@ class Recipe:
     picture: magvit.Recipe = magvit.Recipe()
     stages: tuple[Stage, ...] = (
         Stage(3000, 1.5e-3, 32, wrong=0.2, planned=0.3, thing_weight=4.0, by_cell=0.0, answers=12),
-        Stage(2000, 8e-4, 40, wrong=0.15, planned=0.1, thing_weight=1.0, by_cell=0.5, answers=16),
+        Stage(4000, 1e-3, 32, wrong=0.1, planned=0.1, thing_weight=1.0, by_cell=0.5, answers=16),
     )
 
 
