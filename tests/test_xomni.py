@@ -309,11 +309,11 @@ def test_a_tokenizer_whose_image_tokens_lie_elsewhere_is_refused(folder, tmp_pat
 
 
 def test_half_precision_stays_near(folder):
-    """Log-probabilities of a fresh trajectory in bfloat16, by the same model's training forward: a bound for small random members."""
+    """Log-probabilities of a fresh trajectory in bfloat16, by the same model's training forward (measured: 0.17 at most)."""
     low = family.load(folder, dtype="bfloat16")
     prompts = low.encode_prompts(TEXTS)
     drawn = low.sample(prompts, Policy(2.0), [1, 2, 3])
-    assert (low.log_prob(prompts, drawn).detach() - drawn.log_prob).abs().max() < 1.0
+    assert (low.log_prob(prompts, drawn).detach() - drawn.log_prob).abs().max() < 0.5
 
 
 def test_lora_that_is_off_is_the_base_and_gradients_reach_adapters_alone(folder, tmp_path):

@@ -57,19 +57,19 @@ def test_golden_logits_of_both_vocabularies(xomni, golden):
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-def test_golden_logits_after_a_cached_prompt(xomni, golden, padding):
-    """Each row's last token goes through the cache: a code or a word; padding in front changes nothing."""
+def test_golden_logits_of_each_token_after_a_cached_prompt(xomni, golden, padding):
+    """Each token in turn, code or word, goes through the cache behind those before it; padding in front changes nothing."""
     start, codes = golden["config"]["lm"]["vocab_size"], golden["config"]["image_vocab_size"]
-    for row, ids in enumerate(golden["ids"]):
-        ids = torch.nn.functional.pad(ids[None], (padding, 0))
-        mask = torch.arange(ids.shape[1])[None] >= padding
-        trunk = XOmniCachedTrunk(xomni.trunk, 1, writes_codes=bool(ids[0, -1] >= start))
-        prefix = trunk.read(ids[:, :-1], mask[:, :-1])
-        cache = Cache(prefix, 1, 1, block=1)
-        states = cache.begin(prefix, torch.zeros(1, dtype=torch.long)), trunk.step(xomni.trunk.embed(ids[:, -1:])[:, 0], cache)
-        for at, hidden in zip((-2, -1), states, strict=True):
-            close(xomni.net.mm_head(hidden)[0, :codes], golden["li"][row, at, start : start + codes])
-            close(xomni.net.lm_head(hidden)[0], golden["lt"][row, at, :start])
+    for row, whole in enumerate(golden["ids"]):
+        for at in range(1, len(whole)):
+            ids = torch.nn.functional.pad(whole[None, :at], (padding, 0))
+            trunk = XOmniCachedTrunk(xomni.trunk, 1, writes_codes=bool(whole[at] >= start))
+            prefix = trunk.read(ids, torch.arange(ids.shape[1])[None] >= padding)
+            cache = Cache(prefix, 1, 1, block=1)
+            states = cache.begin(prefix, torch.zeros(1, dtype=torch.long)), trunk.step(xomni.trunk.embed(whole[None, at]), cache)
+            for position, hidden in zip((at - 1, at), states, strict=True):
+                close(xomni.net.mm_head(hidden)[0, :codes], golden["li"][row, position, start : start + codes])
+                close(xomni.net.lm_head(hidden)[0], golden["lt"][row, position, :start])
 
 
 def test_golden_sampler_run(xomni, golden, monkeypatch):
