@@ -76,7 +76,7 @@ class Harmon(CausalText):
 
     def shard_units(self) -> list[nn.Module]:
         """The modules that are called directly, inner ones first: what FSDP2 must gather one by one. A tied head goes with the trunk."""
-        mar = [*self.mar.encoder_blocks, *self.mar.decoder_blocks, self.mar.diffloss["net"], self.mar]
+        mar = [*self.mar.encoder_blocks, *self.mar.decoder_blocks, self.mar.denoiser, self.mar]
         heads = [] if self.is_tied else [self.net.get_input_embeddings(), self.net.lm_head]
         return [*mar, self.net.proj_in, self.net.proj_out, *self.trunk.layers, *heads, self.net.llm if self.is_tied else self.trunk]
 
@@ -152,7 +152,7 @@ class Harmon(CausalText):
             slots = first_slots(step_of == step, before - after)
             condition = self._condition(prompts, states[:, :, -1], step_of >= step, slots, grid, policy, "guided")
             shape = (samples, before - after, channels)
-            made, value = denoise(self.mar.diffloss["net"], schedule, condition, noise, shape, levels)
+            made, value = denoise(self.mar.denoiser, schedule, condition, noise, shape, levels)
             states = states.scatter(1, slots[:, :, None, None].expand(-1, -1, *made.shape[2:]), made)
             log_prob = log_prob.scatter(1, slots, value)
         return step_of, states, log_prob
@@ -187,7 +187,7 @@ class Harmon(CausalText):
             condition = self._condition(prompts, trajectory.actions, step_of >= step, slots, grid, policy, which)
             states = trajectory.times.gather(1, slots[:, :, None, None].expand(-1, -1, *trajectory.times.shape[2:])).flatten(0, 1)
             if chosen:
-                value = score(self.mar.diffloss["net"], schedule, condition, states, levels, chosen)
+                value = score(self.mar.denoiser, schedule, condition, states, levels, chosen)
                 total = total.scatter(1, slots, value.view(slots.shape))
         return total
 
@@ -225,7 +225,7 @@ class Harmon(CausalText):
             at = time[:, index].to(self.device).gather(1, slots)
             eps = noise[:, index].to(self.device).gather(1, slots[..., None].expand_as(clean))
             flat = (part.flatten(0, 1) for part in (clean, z, at, eps))
-            losses.append(token_diffusion.loss(self.mar.diffloss["net"], Schedule(), *flat))
+            losses.append(token_diffusion.loss(self.mar.denoiser, Schedule(), *flat))
         each = torch.stack(losses).mean(0).view(slots.shape) * scored.gather(1, slots)
         return TokenLosses(torch.zeros(hidden.shape, device=self.device).scatter(1, slots, each), scored)
 

@@ -53,6 +53,7 @@ def find(path: Path, extra: Mapping[str, Path]) -> Checkpoint:
     """The checkpoint of a folder in either layout; an error says what is missing."""
     check_extras(extra, KNOWN)
     content = hub.read_config(path) if (path / "config.json").is_file() else {}
+    identity: tuple[str, ...]
     if content.get("model_type") == "harmon":
         if set(extra) - {"kl16"}:
             raise UsageError(f"{path} is a whole Harmon; it takes no further part but 'kl16', and got {', '.join(sorted(extra))}.")

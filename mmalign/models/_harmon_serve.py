@@ -55,7 +55,7 @@ class HarmonModel(Serving, Harmon):
         return {"size": size}
 
     def pixels_of(self, codes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        return self.decode(codes, size) + HALF
+        return (self.decode(codes, size) + HALF).clamp(max=1)
 
     def is_whole(self, ids: torch.Tensor) -> bool:
         return bool((ids == self.chat.eos).any())

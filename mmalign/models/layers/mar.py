@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +102,11 @@ class Mar(nn.Module):
         self.decoder_norm = _norm(wide)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, sizes.tokens, wide))
         self.diffloss = nn.ModuleDict({"net": TokenDenoiser(sizes.channels, sizes.denoiser_width, sizes.denoiser_depth, wide)})
+
+    @property
+    def denoiser(self) -> TokenDenoiser:
+        """What draws a token, given its condition."""
+        return cast(TokenDenoiser, self.diffloss["net"])
 
     @property
     def side(self) -> int:
