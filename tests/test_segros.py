@@ -69,9 +69,9 @@ def weights(run):
     return load_file(run / "model" / "pytorch_model.safetensors")
 
 
-def difference(first, second):
+def difference(first, second, but="nothing"):
     one, other = weights(first), weights(second)
-    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one if but not in name)
 
 
 def figures(run):
@@ -246,7 +246,8 @@ def test_two_processes_do_what_one_does(undisturbed, checkpoint, data, tmp_path)
     process = launch(words(checkpoint, data, both), processes=2)
     output = process.communicate(timeout=600)[0].decode()
     assert process.returncode == 0, output[-3000:]
-    assert difference(both, undisturbed) < 1e-5, output[-3000:]
+    # A shift of all keys changes no attention: the gradient of their norm's bias is rounding alone, of which Adam makes steps.
+    assert difference(both, undisturbed, but="k_layernorm.bias") < 1e-5, output[-3000:]
     for line, other in zip(figures(both), figures(undisturbed), strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
 
