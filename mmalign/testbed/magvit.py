@@ -59,9 +59,10 @@ def codes_of(scenes: list[Scene]) -> Tensor:
 
 def make_magvit(seed: int) -> Magvit:
     """A fresh tokenizer of 32 x 32 pixels, 4 x 4 to a code."""
-    torch.manual_seed(seed)
     blocks = [1] * len(WIDTHS)
-    return Magvit(Encoder(WIDTHS[0], WIDTHS, blocks, BITS), Decoder(BITS, WIDTHS[-1], WIDTHS, blocks), BITS, PATCH)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Magvit(Encoder(WIDTHS[0], WIDTHS, blocks, BITS), Decoder(BITS, WIDTHS[-1], WIDTHS, blocks), BITS, PATCH)
 
 
 def train_magvit(vq: Magvit, recipe: Recipe, work: Path) -> None:
