@@ -73,7 +73,7 @@ def _parse(typed: list[str]) -> argparse.Namespace:
     if first in known_verbs:
         if subparsers.choices[first].get_default("takes_rest"):
             options, rest = parser.parse_known_args(typed)
-            options.rest = rest
+            options.rest = [word for word in rest if word not in ("--debug", "--json")]  # typed before the verb, and read from `typed`
             return options
         known = list(subparsers.choices[first]._option_string_actions)
         for word in typed:

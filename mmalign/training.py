@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import config, history, hub, jobs, registry, trackers
+from mmalign.prompts import read_prompts
 from mmalign.store import slug
-from mmalign.types import Prompt, Result, UsageError, digest
+from mmalign.types import Result, UsageError, digest
 from mmalign.worker import Recipe
 
 
@@ -56,6 +57,8 @@ def training(options: argparse.Namespace) -> Training:
     for root, values in (common["options"] or {}).items():
         sets[root] = {**{name: str(value) for name, value in values.items()}, **sets.get(root, {})}
     typed = {**flags(options.rest), **sets.pop(entry.name, {})}
+    if options.size and "size" in {item.name for item in fields(module.Config)}:
+        typed["size"] = list(options.size)  # trained at the size at which it is evaluated
     made = config.build(module.Config, {**chosen, **typed}, entry.name)
     trackers.check_trackers(made.tracker)
     text = options.reward or common["reward"] or module.REWARD
@@ -213,41 +216,6 @@ def load_model(job: Training) -> Any:
     if missing:
         raise UsageError(f"{model.name} ({model.family}) cannot be trained by {job.trainer.name}: it lacks {', '.join(sorted(missing))}.")
     return model
-
-
-def read_prompts(source: str, plugs: Sequence[Path], sets: Mapping[str, Mapping[str, str]]) -> list[Prompt]:
-    """Prompts of a suite's train split, of a .txt file (one a line) or of a .jsonl file (text or prompt, and what scorers need as meta)."""
-    path = Path(source)
-    if path.suffix in (".txt", ".jsonl", ".json") or path.is_file():
-        return prompts_of_file(path)
-    entry = registry.find("evaluators", source, plugs)
-    evaluator = registry.load(entry).Evaluator
-    known = {item.name for item in fields(evaluator)}
-    chosen = {name: value for name, value in {"per_kind": "64", **sets.get(entry.name, {})}.items() if name in known}
-    return config.build(evaluator, chosen, entry.name).prompts("train")
-
-
-def prompts_of_file(path: Path) -> list[Prompt]:
-    if not path.is_file():
-        raise UsageError(f"There is no prompt file {path}. Give a suite's name, a .txt file with a prompt a line, or a .jsonl file.")
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        if path.suffix == ".txt":
-            prompts.append(Prompt(f"{number:06d}", line.strip()))
-            continue
-        try:
-            row = json.loads(line)
-            text = row.pop("text", None) or row.pop("prompt")
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise UsageError(
-                f"{path}, line {number}: expected a JSON object with 'text' or 'prompt', got {line[:80]!r} ({error})."
-            ) from error
-        prompts.append(Prompt(str(row.pop("id", f"{number:06d}")), text, tuple(row.pop("tags", ())), row.pop("meta", row)))
-    if not prompts:
-        raise UsageError(f"{path} holds no prompt.")
-    return prompts
 
 
 def is_first_process() -> bool:

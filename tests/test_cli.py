@@ -310,3 +310,9 @@ def test_secrets_stay_out_of_everything(say: Say, tmp_path: Path, monkeypatch: p
     assert code == 3 and "canary" not in out + err
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".env"]
     assert len(files) > 10 and not [path for path in files if b"canary" in path.read_bytes()]
+
+
+def test_a_method_with_sizes_trains_at_the_size_of_the_evaluation(capsys):
+    words = ("train", "flow_grpo", "--model", "tiny-sd3", "--prompts", "shapes", "--size", "64x32", "--show-config")
+    assert cli.main(["--debug", *words, "--json"]) == 0, "general options may stand before the verb"
+    assert json.loads(capsys.readouterr().out)["config"]["size"] == [64, 32]

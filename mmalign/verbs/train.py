@@ -22,7 +22,7 @@ def declare(parser: argparse.ArgumentParser) -> Run:
         "--model", required=True, metavar="MODEL", help="the checkpoint to start from: a bundled name, PATH, FAMILY:PATH or hub id"
     )
     what.add_argument("--reward", metavar="NAME=W[,NAME=W]", help="scorers and their weights (default: the recipe's, or the paper's)")
-    what.add_argument("--prompts", metavar="SUITE|FILE", help="a suite's train split, a .txt file, or a .jsonl file")
+    what.add_argument("--prompts", metavar="SUITE|FILE", help="a suite's train split, a .txt or .jsonl file, or a mixture A=0.3,B=0.7")
     what.add_argument("--data", metavar="DIR|FILE", help="image-text pairs: a folder, a .jsonl file or webdataset shards a-{000..127}.tar")
     what.add_argument("--panel", metavar="SUITE", help="measured on held-out prompts every --panel-every steps")
     what.add_argument("--config", type=Path, metavar="FILE", help="a recipe (YAML); flags win over it")
