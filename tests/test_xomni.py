@@ -340,7 +340,7 @@ def test_gvu_trains_it_from_the_command_line(folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo blue squares\n")
     words = ["train", "gvu", "--model", f"xomni:{folder}", "--prompts", str(prompts), "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
-    options = "--steps 2 --prompts-per-step 2 --samples 4 --guidance 1 --log-prob guided --learning-rate 1e-2 --image-every 1"
+    options = "--steps 2 --prompts-per-step 2 --samples 12 --guidance 1 --log-prob guided --learning-rate 1e-2 --image-every 1"
     assert cli.main([*words, *options.split()]) == 0
     lines = [line for line in read_metrics(tmp_path / "run") if line["step"]]
     assert len(lines) == 2 and all(line["ratio_deviation"] < 1e-5 and 0 < line["reward"] < 1 for line in lines)
