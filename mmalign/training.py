@@ -56,7 +56,7 @@ def training(options: argparse.Namespace) -> Training:
     common = {name: chosen.pop(name, None) for name in ("reward", "prompts", "data", "panel", "options")}
     for root, values in (common["options"] or {}).items():
         sets[root] = {**{name: str(value) for name, value in values.items()}, **sets.get(root, {})}
-    typed = {**flags(options.rest), **sets.pop(entry.name, {})}
+    typed: dict[str, Any] = {**flags(options.rest), **sets.pop(entry.name, {})}
     if options.size and "size" in {item.name for item in fields(module.Config)}:
         typed["size"] = list(options.size)  # trained at the size at which it is evaluated
     made = config.build(module.Config, {**chosen, **typed}, entry.name)
