@@ -29,6 +29,7 @@ from mmalign.loop import Loop
 from mmalign.models._janus import Janus
 from mmalign.models._janus_text import ChatFormat, Pixels
 from mmalign.testbed.tiny import make_janus
+from mmalign.trajectory import Trajectory
 from mmalign.types import Prompt
 
 # width, feed-forward, layers, heads, vocabulary, side, (vision width, layers, heads), VQ (codes, base channels, multipliers)
@@ -66,6 +67,13 @@ class Work:
         return None if chip is None else max(self.operations / chip[0], self.bytes / chip[1])
 
 
+class RandomJanus(Janus):
+    """A Janus without a checkpoint; it makes pixels as one with a checkpoint does."""
+
+    def render(self, prompts: object, drawn: Trajectory) -> torch.Tensor:
+        return self.decode(drawn.actions)
+
+
 def build(size: str, device: str, dtype: torch.dtype, folder: Path) -> Janus:
     """A Janus of the size with random weights, made on the device; its tokenizer is a tiny one, whose ids all sizes have."""
     from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
@@ -94,7 +102,7 @@ def build(size: str, device: str, dtype: torch.dtype, folder: Path) -> Janus:
             net = JanusForConditionalGeneration(settings).eval()
     finally:
         torch.set_default_dtype(before)
-    return Janus(net, ChatFormat(make_janus(folder / "tokenizer"), tokens), Pixels(side))
+    return RandomJanus(net, ChatFormat(make_janus(folder / "tokenizer"), tokens), Pixels(side))
 
 
 def weights(module: torch.nn.Module) -> int:
