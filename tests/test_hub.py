@@ -53,7 +53,7 @@ def test_a_folder_without_config_is_a_sentence_with_the_way_out(tmp_path):
 
 
 def test_an_unknown_family_lists_the_known(tmp_path):
-    with pytest.raises(UsageError, match="No model family recognises .*'gpt2'.*folder, janus"):
+    with pytest.raises(UsageError, match="No model family recognises .*'gpt2'.*folder, harmon, janus"):
         hub.resolve_model(str(make(tmp_path, {"model_type": "gpt2"})))
 
 
