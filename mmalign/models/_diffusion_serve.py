@@ -115,8 +115,7 @@ def own_settings(path: Path, sampling: Any) -> Any:
 
 def read_pipeline(path: Path, name: str, layout: type[Layout], device: str, dtype: str) -> Any:
     """The diffusers pipeline, each part read by its own class: every parameter present, none left over, no remote code."""
-    import diffusers
-
+    pipeline = _class_of(name)
     index = json.loads((path / INDEX).read_text(encoding="utf-8"))
     wanted = {part: value for part, value in index.items() if isinstance(value, list) and len(value) == 2}
     parts: dict[str, Any] = {}
@@ -132,12 +131,25 @@ def read_pipeline(path: Path, name: str, layout: type[Layout], device: str, dtyp
                 raise MmalignError(f"The pipeline {path} lacks its part '{part}' ({cls}). Download the folder again.")
             parts[part] = _read_part(path / part, library, cls, "float32" if part == "vae" else dtype)
     extra = {"requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
-    pipe = getattr(diffusers, name)(**parts, **extra)
+    pipe = pipeline(**parts, **extra)
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             part.to(device).eval().requires_grad_(False)
     getattr(pipe, layout.denoiser).requires_grad_(True)
     return pipe
+
+
+def _class_of(name: str) -> Any:
+    """A pipeline class. Its import pulls image processors that nothing here uses, for which transformers would advise torchvision."""
+    import diffusers
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return getattr(diffusers, name)
+    finally:
+        logging.set_verbosity(level)
 
 
 def read_scheduler(path: Path, layout: type[Layout]) -> Any:
