@@ -16,7 +16,7 @@ from typing import Any
 
 from mmalign import config, history, hub, jobs, registry, trackers
 from mmalign.prompts import read_prompts
-from mmalign.store import slug
+from mmalign.store import slug, write_atomic
 from mmalign.types import Result, UsageError, digest
 from mmalign.worker import Recipe
 
@@ -203,7 +203,8 @@ def write_run(job: Training, found: Mapping[str, Any]) -> None:
             )
     elif distributed.rank() == 0:
         job.run.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(facts, indent=1, default=str) + "\n")
+        # Whole or absent: another process of the run may be reading it.
+        write_atomic(file, (json.dumps(facts, indent=1, default=str) + "\n").encode())
 
 
 def load_model(job: Training) -> Any:
