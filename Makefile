@@ -43,5 +43,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(PIP) -e '.[test,ocr,safety]'
+	$(PIP) -e '.[test,ocr,safety,attribution]'
 	touch $@

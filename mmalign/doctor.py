@@ -28,6 +28,9 @@ EXTRAS = {
     "ray": ("ray",),
     "ocr": ("rapidocr", "onnxruntime", "rapidfuzz"),
     "safety": ("detoxify",),
+    "attribution": ("shap", "cv2"),
+    "open_clip": ("open_clip",),
+    "groundingdino": ("groundingdino",),
     "trackers": ("tensorboard", "trackio", "wandb"),
     "test": ("pytest", "hypothesis", "jaxtyping", "selenium"),
 }

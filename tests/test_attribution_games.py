@@ -19,7 +19,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("width", [1, 3, 4, 17, 65])
 @pytest.mark.parametrize("shape", [(32, 32), (24, 40)])
 def test_the_blur_is_that_of_opencv(width: int, shape: tuple[int, int]) -> None:
-    cv2 = pytest.importorskip("cv2", reason="opencv is an optional extra; it is the reference for the blur")
+    cv2 = pytest.importorskip("cv2", reason="the extra 'attribution' carries the reference for the blur: mmalign[attribution]")
     pixels = torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(0))
     expected = cv2.blur(pixels[0].permute(1, 2, 0).numpy(), (width, width))
     assert torch.allclose(box_blur(pixels, width)[0].permute(1, 2, 0), torch.from_numpy(expected), atol=2e-6)

@@ -31,7 +31,7 @@ def boards(size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch", [10, 50])
 def test_equal_to_the_package_on_the_24x24_grid(clip, batch: int) -> None:
-    pytest.importorskip("shap", reason="shap is an optional extra; it is the reference here")
+    pytest.importorskip("shap", reason="the extra 'attribution' carries the reference: mmalign[attribution]")
     game = BlurGame(clip, boards(96)[:1], TEXTS[:1], (24, 24))
     own = shap(game, Shap(evaluations=500, batch=batch))[0].numpy()
     spent = game.evaluations
@@ -41,7 +41,7 @@ def test_equal_to_the_package_on_the_24x24_grid(clip, batch: int) -> None:
 
 
 def test_equal_to_the_package_on_dropped_patches(clip) -> None:
-    pytest.importorskip("shap", reason="shap is an optional extra; it is the reference here")
+    pytest.importorskip("shap", reason="the extra 'attribution' carries the reference: mmalign[attribution]")
     game = DropGame(clip, boards(32)[:1], TEXTS[:1])
     own = shap(game, Shap(evaluations=200))[0].numpy()
     theirs, _ = explain_grid(game, 200, 10)
@@ -49,7 +49,7 @@ def test_equal_to_the_package_on_dropped_patches(clip) -> None:
 
 
 def test_equal_to_the_packages_image_masker_on_pixels_and_channels() -> None:
-    pytest.importorskip("shap", reason="shap is an optional extra; it is the reference here")
+    pytest.importorskip("shap", reason="the extra 'attribution' carries the reference: mmalign[attribution]")
     pytest.importorskip("cv2", reason="the package's blur needs opencv")
     scorer, pixels = Curved(additive(6)), pictures(1, size=6)
     own = shap(BlurGame(scorer, pixels, PROMPTS[:1], (6, 6), blur=0.5), Shap(evaluations=3000, unit="pixel"), channels=3)[0].numpy()

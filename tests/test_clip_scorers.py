@@ -145,7 +145,9 @@ def test_hpsv2_reads_the_official_layout(folder: Path, hps_file: Path) -> None:
 
 
 def test_open_clip_itself_gives_the_same_features(folder: Path, tmp_path: Path) -> None:
-    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is an optional extra (it needs torchvision)")
+    open_clip = pytest.importorskip(
+        "open_clip", reason="the extra 'open_clip' carries the reference (it brings torchvision): mmalign[open_clip]"
+    )
     vision = open_clip.CLIPVisionCfg(layers=2, width=128, head_width=64, patch_size=8, image_size=32)
     text = open_clip.CLIPTextCfg(context_length=77, vocab_size=514, width=128, heads=2, layers=2)
     with torch.random.fork_rng():
