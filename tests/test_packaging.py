@@ -120,7 +120,8 @@ def test_constraints_pin_every_dependency_exactly() -> None:
 
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().lower().splitlines() if "==" in line)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + [text for extra in ("test", "ocr", "safety", "attribution") for text in project["optional-dependencies"][extra]]
+    extras = [project["optional-dependencies"][extra] for extra in ("test", "ocr", "safety", "attribution")]
+    wanted = [*project["dependencies"], *(text for extra in extras for text in extra)]
     names = {text.split(">")[0].split("[")[0].strip().lower() for text in wanted}
     assert names <= set(pins), names - set(pins)
     assert pins["torch"] == "2.13.0" and not [name for name in pins if name.startswith(("nvidia", "cuda"))]
