@@ -7,7 +7,8 @@ Rows of two tables are never the same row: a baseline's name is a label, and pap
 YAML: title, kind (results, settings, setup, orderings), benchmark, source {place, status, address}, rows (the columns that name a row),
 own ({column: values} of the paper's own rows, or all), own_columns, best (none: nothing is marked), best_within (the columns inside whose
 groups best and second are marked), columns {name: label | factor | {better, range, unit, metric, scale, rule}}, row_rules, notes. `metric`
-is <suite>/<metric> of this package and `scale` what its values are multiplied by. Standard library at import time.
+is <suite>/<metric> of this package and `scale` what its values are multiplied by; in a table of several benchmarks `suites` names the
+suite by the row's value of a column, {task: {T2I: mmdt, I2T: mmdt_i2t}}, and `metric` is */<metric>. Standard library at import time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import csv
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parent / "published"
 Verdict = Literal["exact", "rounding", "disagrees"]
 
 _TABLE_FIELDS = {
+    "suites",
     "title",
     "kind",
     "benchmark",
@@ -119,6 +121,8 @@ class Published:
     rows: tuple[Mapping[str, str], ...]
     notes: tuple[str, ...]
     checks: tuple[Check, ...] = ()
+    suite_column: str = ""  # the column whose value says which suite a row is of, where rows are of several
+    suite_of: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -147,7 +151,20 @@ class Published:
 
     def suites(self) -> tuple[str, ...]:
         """The suites of this package whose metrics the table has."""
-        return tuple(dict.fromkeys(column.metric.split("/")[0] for column in self.columns.values() if column.metric))
+        metrics = [column.metric for part in self.parts() for column in part.columns.values() if column.metric]
+        return tuple(dict.fromkeys(metric.split("/")[0] for metric in metrics))
+
+    def parts(self) -> tuple[Published, ...]:
+        """The table cut into the rows of each suite, so that every metric names its own; itself where one suite's rows are all there is."""
+        return tuple(self._part(value, suite) for value, suite in self.suite_of.items()) or (self,)
+
+    def _part(self, value: str, suite: str) -> Published:
+        rows = tuple(row for row in self.rows if row[self.suite_column] == value)
+        columns = {
+            name: replace(column, metric=column.metric.replace("*", suite) if any(row[name] for row in rows) else "")
+            for name, column in self.columns.items()
+        }
+        return replace(self, columns=columns, rows=rows, suite_of={})
 
     def disagreements(self) -> tuple[Check, ...]:
         return tuple(check for check in self.checks if check.verdict == "disagrees")
@@ -220,6 +237,7 @@ def read(path: Path, paper: Paper) -> Published:
         raise MmalignError(f"{path} describes the columns {list(columns)}, but the CSV file beside it has {header}.")
     rows = tuple(dict(zip(header, line, strict=True)) for line in lines)
     own = content.get("own", {})
+    suite_column, suite_of = next(iter(content.get("suites", {}).items()), ("", {}))
     table = Published(
         paper=paper,
         name=path.stem,
@@ -234,6 +252,8 @@ def read(path: Path, paper: Paper) -> Published:
         columns=columns,
         rows=rows,
         notes=tuple(content.get("notes", ())),
+        suite_column=suite_column,
+        suite_of=suite_of,
     )
     keys = [table.key(row) for row in rows]
     doubled = sorted({key for key in keys if keys.count(key) > 1})
@@ -344,8 +364,8 @@ def _check(row: str, column: str, published: str, cells: Mapping[str, str], rule
 def by_metric(tables: Sequence[Published], suite: str) -> list[tuple[Published, dict[str, Column]]]:
     """The tables that report a suite, each with its columns by the suite's own metric names."""
     found = []
-    for table in tables:
-        columns = {c.metric.split("/", 1)[1]: c for c in table.columns.values() if c.metric.startswith(f"{suite}/")}
+    for part in (part for table in tables for part in table.parts()):
+        columns = {c.metric.split("/", 1)[1]: c for c in part.columns.values() if c.metric.startswith(f"{suite}/")}
         if columns:
-            found.append((table, columns))
+            found.append((part, columns))
     return found

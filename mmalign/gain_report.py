@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmalign import curves, history
+from mmalign import curves
 from mmalign.curves import Curve
 from mmalign.history import Gains, Line
 
@@ -30,9 +30,9 @@ class StepChart:
     last: int
 
 
-def step_charts(run: Path, metrics: Sequence[Line]) -> list[StepChart]:
-    """The charts of a run whose steps were credited one by one, or whose noise was calibrated; none for any other run."""
-    groups = history.read_gains(run)
+def step_charts(run: Path, metrics: Sequence[Line], groups: Sequence[Gains]) -> list[StepChart]:
+    """The charts of a run whose steps were credited one by one (`groups` are those it kept), or whose noise was calibrated; none for any
+    other run."""
     shown = [groups[0], groups[-1]] if len(groups) > 1 else groups
     found = [_polylines(group) for group in shown]
     notes = {"gain": "Mean over a step's samples.", "positive": "Share of samples whose reward rose; the rest fell or stayed."}

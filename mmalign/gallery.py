@@ -21,6 +21,7 @@ from mmalign.store import image_path
 from mmalign.types import Failure, MmalignError, Row, Value, digest
 
 THUMBNAIL = 256  # the longer side in pixels
+CUT = " Unsafe prompts and answers are cut short; mmalign report --show-unsafe prints them."
 KEPT = 12  # characters, at most, that are shown of an unsafe text
 TINY = 128  # images below this are shown enlarged with hard pixel edges
 
@@ -71,13 +72,14 @@ def hide_words(item: Item) -> Item:
             return [hidden(value) for value in content]
         if isinstance(content, str):
             for text in texts:
-                content = content.replace(text, _cut(text)) if len(text) > KEPT else _cut(content) if content == text else content
+                content = content.replace(text, cut_short(text)) if len(text) > KEPT else cut_short(content) if content == text else content
         return content
 
     return {**item, "prompt": hidden(item["prompt"]), "cells": hidden(item["cells"])}
 
 
-def _cut(text: str) -> str:
+def cut_short(text: str) -> str:
+    """The beginning of an unsafe text, at most a third of it, with what tells it from others."""
     return f"{text[: min(KEPT, len(text) // 3)]}… [{len(text.split())} words, {digest(text)[:6]}]"
 
 

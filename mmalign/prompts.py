@@ -17,9 +17,23 @@ Sets = Mapping[str, Mapping[str, str]]
 def read_prompts(source: str, plugs: Sequence[Path], sets: Sets) -> list[Prompt]:
     """Prompts of a suite's train split, of a .txt file (one a line) or of a .jsonl file (text or prompt, and what scorers need as meta);
     `A=0.3,B=0.7` is a mixture of such sources."""
+    parts = shares(source)
+    if len(parts) == 1:
+        return _read(next(iter(parts)), plugs, sets)
+    return mixed({name: (share, _read(name, plugs, sets)) for name, share in parts.items()})
+
+
+def is_unsafe(source: str, plugs: Sequence[Path]) -> bool:
+    """Whether a source has prompts of a suite whose words are not for every eye."""
+    suites = registry.entries("evaluators", plugs)
+    return any(name in suites and registry.card(suites[name]).unsafe for name in shares(source))
+
+
+def shares(source: str) -> dict[str, float]:
+    """The sources of a mixture with their shares; UsageError for a share that is no positive number and for a source named twice."""
     if "=" not in source or Path(source).is_file():
-        return _read(source, plugs, sets)
-    parts = {}
+        return {source: 1.0}
+    parts: dict[str, float] = {}
     for part in source.split(","):
         name, _, number = part.strip().rpartition("=")
         try:
@@ -29,7 +43,7 @@ def read_prompts(source: str, plugs: Sequence[Path], sets: Sets) -> list[Prompt]
         if not name or name in parts or not 0 < share < math.inf:
             raise UsageError(f"--prompts {source}: expected SOURCE=SHARE,... with each source once and shares above 0, got '{part}'.")
         parts[name] = share
-    return mixed({name: (share, _read(name, plugs, sets)) for name, share in parts.items()})
+    return parts
 
 
 def mixed(parts: Mapping[str, tuple[float, Sequence[Prompt]]]) -> list[Prompt]:

@@ -25,7 +25,6 @@ PAGE_SIZE = 200  # images that a gallery shows at once
 STRIP = 8  # images of a run that the front page shows
 GALLERY = "gallery"
 THUMBNAILS = "thumbnails"
-CUT = " Unsafe prompts and answers are cut short; mmalign report --show-unsafe prints them."
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None, show_unsafe:
     if any(map(is_training_run, run_dirs)):
         if len(run_dirs) > 1:
             raise UsageError("A training run has a page of its own: give its folder alone. Results of `mmalign eval` share a report.")
-        return write_training_report(run_dirs[0], out)
+        return write_training_report(run_dirs[0], out, show_unsafe)
     runs = read_runs(run_dirs, show_unsafe)
     if out is None:
         folders = [str(run.directory.resolve()) for run in runs]
@@ -250,7 +249,7 @@ def _gallery_page(run: Run, out: Path) -> str:
         out=out,
         title=f"{run.title}, {run.label}: gallery",
         heading=f"{run.title}, {run.label}",
-        lead=f"{run.result.headline} {format_number(run.metric.value)}, protocol {run.protocol}.{CUT if run.is_cut else ''}",
+        lead=f"{run.result.headline} {format_number(run.metric.value)}, protocol {run.protocol}.{gallery.CUT if run.is_cut else ''}",
         views=[("all", f"All {len(run.items):,}"), ("failed", f"Failed {failed:,}"), ("worst", "Worst tenth")],
         orders=orders,
         outcome=None,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import config, history, hub, jobs, registry, trackers
-from mmalign.prompts import read_prompts
+from mmalign.prompts import is_unsafe, read_prompts
 from mmalign.store import slug, write_atomic
 from mmalign.types import Result, UsageError, digest
 from mmalign.worker import Recipe
@@ -142,6 +142,7 @@ def described(job: Training) -> dict[str, Any]:
         "reward": dict(job.reward),
         **({"data": job.data} if job.data else {"prompts": job.source}),
         "panel": job.panel,
+        **({"unsafe": True} if is_unsafe(job.source, job.plugs) or is_unsafe(job.panel, job.plugs) else {}),
         "recipe": str(job.recipe) if job.recipe else None,
         "config": config.plain(job.config),
         "options": {root: dict(values) for root, values in job.sets.items()},

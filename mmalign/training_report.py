@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from mmalign import curves, gain_report, history, pages
 from mmalign.curves import Curve
-from mmalign.gallery import TINY
+from mmalign.gallery import CUT, TINY, cut_short
 from mmalign.history import Album, Line
 from mmalign.store import disk_errors, write_atomic
 from mmalign.types import MmalignError
@@ -50,36 +51,43 @@ def is_training_run(place: Path) -> bool:
     return (place / RUN).is_file()
 
 
-def write_training_report(run: Path, out: Path | None = None) -> Path:
-    """Write `index.html` of a run's folder (into `out` if given) and return its path. MmalignError for a log that cannot be read."""
+def write_training_report(run: Path, out: Path | None = None, show_unsafe: bool = False) -> Path:
+    """Write `index.html` of a run's folder (into `out` if given) and return its path. MmalignError for a log that cannot be read.
+
+    Where a prompt comes from an unsafe suite all prompts are cut short and the pictures blurred, unless `show_unsafe`.
+    """
     try:
         facts = json.loads((run / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MmalignError(f"{run / RUN} cannot be read ({error}). Name the folder of a run that `mmalign train` made.") from error
     folder = out or run
     with disk_errors(folder):
-        write_atomic(folder / "index.html", _page(run, facts, folder).encode())
+        write_atomic(folder / "index.html", _page(run, facts, folder, bool(facts.get("unsafe")) and not show_unsafe).encode())
     return folder / "index.html"
 
 
-def _page(run: Path, facts: Mapping[str, Any], folder: Path) -> str:
+def _page(run: Path, facts: Mapping[str, Any], folder: Path, is_cut: bool) -> str:
     metrics = history.read_metrics(run)
     done, steps = int(metrics[-1]["step"]) if metrics else 0, facts["config"]["steps"]
-    samples, groups = history.read_albums(run, "samples"), history.read_albums(run, "rollouts")
+    samples, groups, gains = history.read_albums(run, "samples"), history.read_albums(run, "rollouts"), history.read_gains(run)
+    if is_cut:
+        samples = [replace(album, captions=tuple(map(cut_short, album.captions))) for album in samples]
+        groups = [replace(album, title=cut_short(album.title)) for album in groups]
+        gains = [replace(group, title=cut_short(group.title)) for group in gains]
     return pages.render(
         "training.html.j2",
         script="copy.js",
         title=f"{run.resolve().name}: training report",
         heading=run.resolve().name,
-        lead=f"{facts['trainer']} from {facts['model']['name']}, {_taught(facts)}; step {done} of {steps}.",
-        body_class="",
+        lead=f"{facts['trainer']} from {facts['model']['name']}, {_taught(facts)}; step {done} of {steps}.{CUT if is_cut else ''}",
+        body_class="unsafe" if is_cut else "",
         is_partial=False,
         verdict=history.verdict(metrics),
         is_exploited=history.hacking_note(metrics) is not None,
         evaluations=_evaluations(run, folder),
         charts=_charts(metrics, (0, done)),
         panel_parts=_panel_charts(metrics, (0, done))[1:],
-        denoising=[_chart(one.title, one.curves, one.note, (0, one.last)) for one in gain_report.step_charts(run, metrics)],
+        denoising=[_chart(one.title, one.curves, one.note, (0, one.last)) for one in gain_report.step_charts(run, metrics, gains)],
         times=_times(metrics),
         samples=_over_time(_spread(samples, COLUMNS), folder),
         grounding=[_group(album, folder) for album in _spread(history.read_albums(run, "grounding"), GROUPS)],

@@ -22,9 +22,9 @@ ROOT = Path(__file__).parent.parent
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
-def geneval_run(folder: Path, model: str, values: dict[str, float], **facts: object) -> Path:
-    """A complete run of the suite geneval whose metrics have these values, each with an interval of 0.01 to both sides."""
-    directory = make_run(folder, make_prompts(12), model=model, suite="geneval", scorers=("geneval",), **facts)  # type: ignore[arg-type]
+def geneval_run(folder: Path, model: str, values: dict[str, float], suite: str = "geneval", **facts: object) -> Path:
+    """A complete run of a suite whose metrics have these values, each with an interval of 0.01 to both sides."""
+    directory = make_run(folder, make_prompts(12), model=model, suite=suite, scorers=("geneval",), **facts)  # type: ignore[arg-type]
     for file in results.find(directory):
         content = json.loads(file.read_text())
         shape = content["metrics"]["overall"]
@@ -159,6 +159,28 @@ def test_lower_is_better_in_the_safety_table() -> None:
     by_key = {(row.cells[0].text, row.cells[1].text): row.cells[-1] for row in table.lines}
     assert by_key["T2I", "T2I-R1-Safety"].mark == "best" and by_key["I2T", "Show-o2"].mark == "best"
     assert by_key["T2I", "VILA-U"].mark == "second"
+
+
+def test_a_table_of_two_benchmarks_keeps_them_apart(tmp_path: Path) -> None:
+    assert published.find("dense-reward/7").suites() == ("mmdt", "mmdt_i2t")
+    rows = {suite: [row for row in table_rows(suite) if row[1] == "dense-reward/7"] for suite in ("mmdt", "mmdt_i2t")}
+    assert [row[0][:3] for row in rows["mmdt"]] == ["T2I"] * 8 and [row[0][:3] for row in rows["mmdt_i2t"]] == ["I2T"] * 6
+    geneval_run(tmp_path, "Janus-Pro", {"overall": 0.6, "jailbreak": 0.6}, "mmdt")
+    geneval_run(tmp_path, "Janus-Pro", {"overall": 0.5, "jailbreak": 0.4}, "mmdt_i2t")
+    table = table_with(tmp_path, "dense-reward/7")
+    lines = {line.cells[0].text: {h.name: c.text for h, c in zip(table.headers, line.cells, strict=True)} for line in table.lines[-2:]}
+    assert [(lines[task]["jailbreak"], lines[task]["average"]) for task in ("T2I", "I2T")] == [("0.600", "0.600"), ("0.400", "0.500")]
+    compared = compare.compare(published.find("dense-reward/7"), ours.read(tmp_path), 0.05)
+    assert {(one.row, one.column, one.published) for one in compared} == {
+        ("T2I / Janus-Pro", "jailbreak", 0.592),
+        ("T2I / Janus-Pro", "average", 0.685),
+        ("I2T / Janus-Pro", "jailbreak", 0.539),
+        ("I2T / Janus-Pro", "average", 0.583),
+    }
+
+
+def table_rows(suite: str) -> list[list[str]]:
+    return [[cell.text for cell in line.cells] for line in build.suite_table(suite, published.load_all(), ()).lines]
 
 
 def test_the_disagreeing_value_has_a_footnote_and_is_not_changed() -> None:

@@ -12,6 +12,7 @@ from helpers.browser import Page, Visitor
 
 from mmalign import curves, history
 from mmalign.curves import Curve
+from mmalign.prompts import is_unsafe
 from mmalign.report import write_report
 from mmalign.types import MmalignError, UsageError
 
@@ -51,6 +52,22 @@ def make(run: Path, steps: int = 30, falls: bool = False) -> Path:
 
 def words(page: Page) -> str:
     return " ".join(" ".join(page.text).split())
+
+
+def test_prompts_of_unsafe_suites_are_cut_short_unless_asked_for(tmp_path: Path) -> None:
+    run = make(tmp_path / "safety")
+    history.write_gains(run, 1, "two blue squares", [[0.1, 0.2]])
+    assert "two blue squares" in write_report([run]).read_text() and "cut short" not in write_report([run]).read_text()
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "unsafe": True}))
+    cut = write_report([run]).read_text()
+    assert "blue squares" not in cut and "a red star" not in cut and "--show-unsafe" in cut and '<body class="unsafe"' in cut
+    assert "two blue squares" in write_report([run], show_unsafe=True).read_text()
+
+
+def test_a_run_on_an_unsafe_suite_says_so() -> None:
+    assert is_unsafe("mmdt", ()) and is_unsafe("shapes=0.7,mmdt=0.3", ())
+    assert not any(is_unsafe(source, ()) for source in ("shapes", "shapes=0.5,geneval=0.5", "prompts.txt", ""))
 
 
 def test_the_page_holds_curves_pictures_over_time_and_the_verdict(tmp_path: Path) -> None:

@@ -46,12 +46,10 @@ def paper_table(published: Published, found: Sequence[Ours] = (), everything: bo
     footnotes = Footnotes()
     columns = list(published.columns.values())
     lines = [_published_line(published, row, columns, footnotes) for row in published.rows]
-    for label, by_suite in ours.usable(found).items():
-        line = _our_line(published, label, by_suite, footnotes, "")
-        lines += [line] if line else []
-    for one in ours.deviating(found) if everything else ():
-        line = _our_line(published, one.label, {one.suite: one}, footnotes, "; ".join(one.reasons))
-        lines += [line] if line else []
+    own = [(label, by_suite, "") for label, by_suite in ours.usable(found).items()]
+    own += [(one.label, {one.suite: one}, "; ".join(one.reasons)) for one in ours.deviating(found) if everything]
+    for part in published.parts():
+        lines += [line for one in own if (line := _our_line(part, *one, footnotes))]
     headers = tuple(Header(c.name, _direction(c, published), c.role == "number", c.unit) for c in columns)
     source = f"{published.paper.title}. {published.source['place']} ({published.source['status']}), {published.source['address']}"
     return Table(published.id, published.title, source, headers, ranked(headers, lines), tuple(footnotes.items), published.notes)
@@ -119,8 +117,8 @@ def _published_line(table: Published, row: Mapping[str, str], columns: Sequence[
     return Line(tuple(cells), "own" if table.is_own(row) else "published", group)
 
 
-def _our_line(table: Published, label: str, by_suite: Mapping[str, Ours], footnotes: Footnotes, reason: str) -> Line | None:
-    """Our row of a table, or None when it would have no number."""
+def _our_line(table: Published, label: str, by_suite: Mapping[str, Ours], reason: str, footnotes: Footnotes) -> Line | None:
+    """Our row of a table with the rows of one suite (`Published.parts`), or None when it would have no number."""
     place = "model" if "model" in table.columns else table.keys[0]
     cells = []
     for column in table.columns.values():
@@ -131,9 +129,13 @@ def _our_line(table: Published, label: str, by_suite: Mapping[str, Ours], footno
     if not any(cell.value is not None for cell in cells):
         return None
     used = {suite: one for suite, one in by_suite.items() if suite in table.suites()}
-    cells[list(table.columns).index(place)] = Cell(_label(label, used, footnotes, reason))
+    names = list(table.columns)
+    cells[names.index(place)] = Cell(_label(label, used, footnotes, reason))
+    task = table.rows[0][table.suite_column] if table.suite_column else ""
+    if task:
+        cells[names.index(table.suite_column)] = Cell(task)
     # A table that ranks inside groups has no group of ours: ours is ranked among our own rows.
-    return Line(tuple(cells), "deviating" if reason else "ours", OURS if table.best_within else "")
+    return Line(tuple(cells), "deviating" if reason else "ours", f"{OURS} {task}".rstrip() if table.best_within else "")
 
 
 def _label(label: str, by_suite: Mapping[str, Ours], footnotes: Footnotes, reason: str) -> str:

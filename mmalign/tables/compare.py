@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmalign.leaderboards.published import Column, Published
@@ -42,25 +42,29 @@ def compare(table: Published, found: Sequence[Ours], tolerance: float, rows: Map
             raise UsageError(f"No complete, undeviating result is called '{model}'{suggest(model, chosen)}")
         if key not in keys:
             raise UsageError(f"Table {table.id} has no row '{key}'{suggest(key, keys)}")
-    compared = []
-    for model, by_suite in chosen.items():
-        row = _reproduced(table, model, by_suite, named)
-        for column in table.columns.values() if row else ():
-            suite, _, name = column.metric.partition("/")
-            metric = ours.best_known(by_suite, suite, name) if column.metric else None
-            published = table.number(row, column.name) if row and column.role == "number" else None
-            if row is None or metric is None or metric.value is None or published is None:
-                continue
-            value = metric.value * column.scale
-            interval = (metric.ci[0] * column.scale, metric.ci[1] * column.scale) if metric.ci else None
-            gap = (value - published) / _span(column, published)
-            compared.append(Comparison(model, table.key(row), column.name, published, value, interval, gap, abs(gap) <= tolerance + 1e-12))
-    return compared
+    pairs = [(part, model, by_suite) for model, by_suite in chosen.items() for part in table.parts()]
+    return [one for part, model, by_suite in pairs for one in _row_comparisons(part, model, by_suite, named, tolerance)]
+
+
+def _row_comparisons(
+    table: Published, model: str, by_suite: Mapping[str, Ours], named: Mapping[str, str], tolerance: float
+) -> Iterator[Comparison]:
+    row = _reproduced(table, model, by_suite, named)
+    for column in table.columns.values() if row else ():
+        suite, _, name = column.metric.partition("/")
+        metric = ours.best_known(by_suite, suite, name) if column.metric else None
+        published = table.number(row, column.name) if row and column.role == "number" else None
+        if row is None or metric is None or metric.value is None or published is None:
+            continue
+        value = metric.value * column.scale
+        interval = (metric.ci[0] * column.scale, metric.ci[1] * column.scale) if metric.ci else None
+        gap = (value - published) / _span(column, published)
+        yield Comparison(model, table.key(row), column.name, published, value, interval, gap, abs(gap) <= tolerance + 1e-12)
 
 
 def _reproduced(table: Published, model: str, by_suite: Mapping[str, Ours], named: Mapping[str, str]) -> Mapping[str, str] | None:
     if model in named:
-        return next(row for row in table.rows if table.key(row) == named[model])
+        return next((row for row in table.rows if table.key(row) == named[model]), None)
     facts = next(iter(by_suite.values())).result.model
     known = {_plain(str(name)) for name in (model, facts.get("name", ""), facts.get("spec", ""), facts.get("source", ""))} - {""}
     fitting = [row for row in table.rows if {_plain(table.key(row)), _plain(row.get("model", ""))} & known]
