@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to a score.  make test: all fast tests.  make tables: the papers' tables again.  make claims-quick: claims that ten minutes can test.  All need Python 3.11 or newer and nothing else.
+# make demo: from a fresh clone to a score.  make test: all fast tests.  make tables: the papers' tables again.  make cards: docs/protocols again.  make claims-quick: claims that ten minutes can test.  All need Python 3.11 or newer and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 LIMIT ?= 40
 
-.PHONY: demo test slow lint tables claims-quick clean
+.PHONY: demo test slow lint tables cards claims-quick clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mmalign eval --model tiny-janus --suite shapes --limit $(LIMIT) --results results/demo
@@ -24,6 +24,9 @@ lint: $(VENV)/.tested
 
 tables: $(VENV)/.installed
 	$(BIN)/mmalign table --render leaderboards/rendered
+
+cards: $(VENV)/.installed
+	$(BIN)/mmalign explain --render docs/protocols
 
 claims-quick: $(VENV)/.installed
 	$(BIN)/mmalign claims run --budget 10 --out build/claims

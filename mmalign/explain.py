@@ -38,7 +38,7 @@ def explain(name: str, plugs: Sequence[Path] = ()) -> dict[str, Any]:
         content["data"] = [{**asdict(source), "state": states.get(source.name, "absent")} for source in card.data]
     else:
         content["about"] = ast.get_docstring(ast.parse(entry.path.read_text(encoding="utf-8"))) or ""
-    content["options"] = _options(entry)
+    content["options"] = options(entry)
     content["ready"] = not readiness.unmet
     content["unmet"] = [asdict(need) for need in readiness.unmet]
     return content
@@ -66,7 +66,8 @@ def lines(content: Mapping[str, Any]) -> list[str]:
     return shown
 
 
-def _options(entry: registry.Entry) -> dict[str, Any]:
+def options(entry: registry.Entry) -> dict[str, Any]:
+    """The options of a registered file with their defaults."""
     cls = getattr(registry.load(entry), OPTIONS[entry.kind], None)
     return config.plain(cls()) if isinstance(cls, type) and is_dataclass(cls) else {}
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"models", "scorers", "testbed", "adapters"},
     {"evaluators", "trainers"},
     {"leaderboards", "tables", "report", "training_report", "gain_report", "score_report"},
-    {"doctor", "explain", "jobs", "training", "watch", "options", "prompts", "verbs", "cli", "__main__"},
+    {"doctor", "explain", "cards", "jobs", "training", "watch", "options", "prompts", "verbs", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BROAD_EXCEPT_ALLOWED = {"mmalign/worker.py", "mmalign/executors.py", "mmalign/registry.py", "mmalign/cli.py"}
