@@ -50,8 +50,8 @@ def _page(entry: registry.Entry, card: Card) -> str:
     if card.tables:
         shown += ["## Published numbers", "", *(f"* `mmalign table {table}`" for table in card.tables), ""]
     if card.data:
-        rows = [(source.name, f"<{source.url}>", f"`{source.sha256[:12]}`", source.licence, source.note) for source in card.data]
-        shown += ["## Data", "", *_table(("name", "from", "sha256", "licence", "note"), rows)]
+        files = [(source.name, f"<{source.url}>", f"`{source.sha256[:12]}`", source.licence, source.note) for source in card.data]
+        shown += ["## Data", "", *_table(("name", "from", "sha256", "licence", "note"), files)]
     return "\n".join(shown)
 
 
