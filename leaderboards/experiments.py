@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def of(claim: Claim) -> Experiment:
 
 def run(claim: Claim, folder: Path, deadline: float, say: Callable[[str], None]) -> Values | None:
     """All seeds of a claim, continued from what the folder holds; None when time (`time.monotonic`) is over before the last."""
-    experiment, kept = of(claim), read(claim, folder)
+    experiment, kept = of(claim), read(claim, folder)  # of whichever claim asked for the same first
     for seed in range(experiment.seeds):
         arms = [arm for arm in experiment.train or [""] if arm not in kept.by_seed.get(seed, {})]
         for arm in arms if experiment.train or seed not in kept.by_seed else ():
@@ -131,18 +131,17 @@ def _train(experiment: Experiment, arm: str, seed: int) -> float:
 
 
 def read(claim: Claim, folder: Path) -> Values:
-    """What a folder holds of a claim's experiment; nothing when the experiment has changed since."""
+    """What a folder holds of a claim's experiment; nothing when the experiment has changed since. Claims that ask for the same numbers
+    share them."""
     path = _file(claim, folder)
     if not path.exists():
         return Values({}, 0.0)
     kept = json.loads(path.read_text(encoding="utf-8"))
-    if kept["experiment"] != _identity(claim):
-        return Values({}, 0.0)
     return Values({int(seed): numbers for seed, numbers in kept["values"].items()}, kept["minutes"])
 
 
 def _keep(claim: Claim, folder: Path, found: Values) -> None:
-    content = {"experiment": _identity(claim), "minutes": round(found.minutes, 2), "values": found.by_seed}
+    content = {"experiment": _asked(claim), "minutes": round(found.minutes, 2), "values": found.by_seed}
     path = _file(claim, folder)
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,13 +149,17 @@ def _keep(claim: Claim, folder: Path, found: Values) -> None:
 
 
 def _file(claim: Claim, folder: Path) -> Path:
-    return folder / "values" / f"{claim.name}.json"
+    asked = _asked(claim)
+    label = asked.get("measure") or asked["train"][next(iter(asked["train"]))].split()[0]
+    return folder / "values" / f"{label}-{digest(asked)[:8]}.json"
 
 
-def _identity(claim: Claim) -> str:
-    """Of what determines the numbers: neither the rules nor the number of seeds."""
-    facts = {name: value for name, value in asdict(of(claim)).items() if name not in ("rules", "seeds", "minutes")}
-    return digest(facts)[:16]
+def _asked(claim: Claim) -> dict[str, Any]:
+    """What determines the numbers: neither the rules nor the number of seeds."""
+    experiment = of(claim)
+    if experiment.measure:
+        return {"measure": experiment.measure, "options": dict(experiment.options)}
+    return {"train": dict(experiment.train), "suite": experiment.suite, "metric": experiment.metric}
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------------------
