@@ -107,7 +107,7 @@ def test_the_verb_runs_experiments_within_a_budget(tmp_path, capsys):
     folder = str(tmp_path / "claims")
     assert cli.main(["claims", "run", "context-lowers-entropy", "--out", folder]) == 2
     assert "Give them time with --budget MINUTES" in capsys.readouterr().err
-    assert cli.main(["claims", "run", "57", "69", "--budget", "2", "--out", folder]) == 0
+    assert cli.main(["claims", "run", "57", "context-lowers-entropy", "--budget", "2", "--out", folder]) == 0
     out = capsys.readouterr().out
     assert "sampler-keeps-the-marginals, seed 4: 10 steps" in out and "2 claims: 2 agree" in out
     kept = json.loads((tmp_path / "claims" / "context-lowers-entropy.testbed.json").read_text())

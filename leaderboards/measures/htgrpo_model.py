@@ -98,10 +98,10 @@ def streams(purpose: str, seed: int, rows: int) -> list[int]:
 
 def entropies(model: Any, rollout: masked.Rollout, hidden_BN: Tensor) -> Tensor:
     """[B, N] nats of what the model says of each code when `hidden_BN` is hidden; of visible codes it means nothing."""
-    prompts = model.to_width(rollout.encoded.select(rows_of(rollout)))
+    encoded = model.to_width(rollout.encoded.select(rows_of(rollout)))
     slots_BN = torch.arange(hidden_BN.shape[1]).expand(hidden_BN.shape)
     with torch.no_grad():
-        logits = model._logits_at(prompts, rollout.drawn.policy, "cond")(rollout.drawn.actions.masked_fill(hidden_BN, HIDDEN), slots_BN)
+        logits = model._logits_at(encoded, rollout.drawn.policy, "cond")(rollout.drawn.actions.masked_fill(hidden_BN, HIDDEN), slots_BN)
     return torch.distributions.Categorical(logits=logits.double()).entropy()
 
 
