@@ -16,7 +16,6 @@ from mmalign.models._harmon import Harmon
 from mmalign.models.layers.masked import random_number
 from mmalign.models.layers.noise import uniforms
 from mmalign.testbed import oracle
-from mmalign.testbed.render import render
 from mmalign.testbed.world import Clause, realise
 from mmalign.trajectory import TextTokens, TokenLosses
 from mmalign.types import Prompt
