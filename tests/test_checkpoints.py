@@ -1,11 +1,14 @@
 """The shipped checkpoints can do what the testbed promises: draw, describe, plan, retrieve."""
 
+import numpy as np
 import pytest
 import torch
 
 from mmalign.hub import CHECKPOINTS
-from mmalign.testbed import measure, world
+from mmalign.models import mmada, showo
+from mmalign.testbed import measure, oracle, world
 from mmalign.testbed.world import Clause
+from mmalign.types import Request
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,22 @@ def test_tiny_clip_finds_the_right_description_among_32():
 
     clip = CLIPModel.from_pretrained(CHECKPOINTS / "tiny-clip", dtype=torch.float32).eval()
     assert measure.retrieval(clip, CLIPTokenizer.from_pretrained(CHECKPOINTS / "tiny-clip"), rounds=6, seed=50) >= 0.8
+
+
+@pytest.mark.parametrize("family", [mmada, showo])
+def test_a_masked_member_draws_what_it_is_asked_for(family):
+    """On prompts without a novel pair, whose codes it has seen."""
+    folder = CHECKPOINTS / f"tiny-{family.__name__.rpartition('.')[2]}"
+    prompts = world.prompts("val", 1)
+    pictures = [sample.image for sample in family.load(folder).generate([Request(prompt, 0, n) for n, prompt in enumerate(prompts)])]
+    readings = oracle.read(np.stack(pictures))
+    right = [world.strict(world.clauses_of(p), one.scene, one.unclear) for p, one in zip(prompts, readings, strict=True)]
+    assert np.mean(right) >= 0.25
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 6e6
+
+
+def test_tiny_showo_ranks_the_true_caption_first():
+    assert measure.caption_ranking(showo.load(CHECKPOINTS / "tiny-showo"), 100, seed=1) >= 0.8
 
 
 def test_changed_captions_are_false_of_their_pictures():

@@ -28,7 +28,7 @@ def scenes(number, seed=7):
 def small(module, **changes):
     """A recipe of seconds."""
     stages = (Stage(2, 1e-3, 4, wrong=0.2, planned=0.5, thing_weight=4.0, by_cell=0.5, answers=2 if module is build_showo else 0),)
-    return module.Recipe(width=32, layers=1, heads=2, picture=magvit.Recipe(stages=((2, 1e-3),), batch=2), stages=stages, **changes)
+    return masked.Recipe(width=32, layers=1, heads=2, picture=magvit.Recipe(stages=((2, 1e-3),), batch=2), stages=stages, **changes)
 
 
 def test_two_patches_have_one_code_exactly_when_they_look_the_same():
@@ -85,7 +85,7 @@ def test_a_build_is_a_checkpoint_of_its_family(family, tmp_path):
     assert served.recognises(tmp_path / "out")
     model = served.load(tmp_path / "out")
     assert model.size == (32, 32) and model.tokens == 64 and model.codes == 512
-    assert model.settings["guidance"] == module.GUIDANCE and model.settings["steps"] == module.STEPS
+    assert model.settings["guidance"] == masked.GUIDANCE and model.settings["steps"] == masked.STEPS
     drawn = model.generate([Request(world.prompts("val", 1)[0], 0, 1, settings={"steps": 2})])[0]
     assert drawn.image.shape == (32, 32, 3)
     assert {value.dtype for value in read_tensors(tmp_path / "out").values()} == {torch.float16}

@@ -6,7 +6,6 @@ Two parts: the MAGVIT-v2 of the pictures (`magvit`), then LLaDA's trunk on drawi
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,20 @@ import torch
 
 from mmalign.models._llada import renamed
 from mmalign.models._mmada import Mmada, MmadaText
-from mmalign.models.layers.generation import write_settings
 from mmalign.models.layers.magvit import Magvit
 from mmalign.testbed import magvit, masked
-from mmalign.testbed.masked import Stage
+from mmalign.testbed.masked import Recipe, Stage
 
 VOCABULARY = 464
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", *(f"<|reserved_token_{number}|>" for number in range(11)), "<|mdm_mask|>")
 TURNS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-GUIDANCE = 1.0
-STEPS = 64  # one code at a time: things drawn in one step do not know of each other
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Sizes and lengths of the build."""
-
-    seed: int = 0
-    width: int = 160
-    layers: int = 4
-    heads: int = 5
-    picture: magvit.Recipe = magvit.Recipe()
-    stages: tuple[Stage, ...] = (
+RECIPE = Recipe(
+    stages=(
         Stage(3000, 1.5e-3, 32, wrong=0.2, planned=0.3, thing_weight=4.0, by_cell=0.0),
         Stage(4000, 1e-3, 32, wrong=0.1, planned=0.1, thing_weight=1.0, by_cell=0.5),
     )
+)
 
 
 def make_config(recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
@@ -97,21 +85,14 @@ def make_model(recipe: Recipe, folder: Path, vq: Magvit) -> tuple[Mmada, dict[st
 
 
 def save(model: Mmada, config: dict[str, Any], folder: Path) -> None:
-    """Writes Gen-Verse/MMaDA's layout in half precision, the image tokenizer inside."""
+    """Writes Gen-Verse/MMaDA's layout in half precision."""
     from safetensors.torch import save_file
 
     tensors = {name: value.half().contiguous() for name, value in renamed(model.net.state_dict(), to_llama=False).items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_settings(folder, GUIDANCE, STEPS)
-    magvit.save_magvit(model.vq, folder / "magvitv2")
 
 
-def build(out: Path, work: Path, recipe: Recipe = Recipe()) -> None:
+def build(out: Path, work: Path, recipe: Recipe = RECIPE) -> None:
     """Trains both parts (each resumes where it was stopped) and writes the checkpoint."""
-    vq = magvit.make_magvit(recipe.seed)
-    magvit.train_magvit(vq, recipe.picture, work)
-    out.mkdir(parents=True, exist_ok=True)
-    model, config = make_model(recipe, out, vq)
-    masked.train("mmada", model, recipe.seed, recipe.stages, work)
-    save(model, config, out)
+    masked.build("mmada", recipe, make_model, save, out, work)

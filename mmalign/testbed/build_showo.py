@@ -7,7 +7,6 @@ thing wrong, and right answers about pictures. The trunk, phi-1_5's, is made ane
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,19 @@ import torch
 from mmalign.models._showo import Showo
 from mmalign.models._showo_serve import PREFIX
 from mmalign.models._showo_text import SPECIAL, ShowoText, token_layout
-from mmalign.models.layers.generation import write_settings
 from mmalign.models.layers.magvit import Magvit
 from mmalign.testbed import magvit, masked
-from mmalign.testbed.masked import Stage
+from mmalign.testbed.masked import Recipe, Stage
 
 VOCABULARY = 448
 END = "<|endoftext|>"
-GUIDANCE = 1.0
-STEPS = 64  # one code at a time: things drawn in one step do not know of each other
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Sizes and lengths of the build."""
-
-    seed: int = 0
-    width: int = 160
-    layers: int = 4
-    heads: int = 5
-    picture: magvit.Recipe = magvit.Recipe()
-    stages: tuple[Stage, ...] = (
+RECIPE = Recipe(
+    stages=(
         Stage(3000, 1.5e-3, 32, wrong=0.2, planned=0.3, thing_weight=4.0, by_cell=0.0, answers=12),
         Stage(4000, 1e-3, 32, wrong=0.1, planned=0.1, thing_weight=1.0, by_cell=0.5, answers=16),
     )
+)
 
 
 def language_config(recipe: Recipe, tokens: int) -> dict[str, Any]:
@@ -95,21 +83,14 @@ def make_model(recipe: Recipe, folder: Path, vq: Magvit) -> tuple[Showo, dict[st
 
 
 def save(model: Showo, config: dict[str, Any], folder: Path) -> None:
-    """Writes showlab/show-o's layout in half precision, the image tokenizer inside."""
+    """Writes showlab/show-o's layout in half precision."""
     from safetensors.torch import save_file
 
     tensors = {PREFIX + name: value.half().contiguous() for name, value in model.net.state_dict().items()}
     save_file(tensors, folder / "pytorch_model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_settings(folder, GUIDANCE, STEPS)
-    magvit.save_magvit(model.vq, folder / "magvitv2")
 
 
-def build(out: Path, work: Path, recipe: Recipe = Recipe()) -> None:
+def build(out: Path, work: Path, recipe: Recipe = RECIPE) -> None:
     """Trains both parts (each resumes where it was stopped) and writes the checkpoint."""
-    vq = magvit.make_magvit(recipe.seed)
-    magvit.train_magvit(vq, recipe.picture, work)
-    out.mkdir(parents=True, exist_ok=True)
-    model, config = make_model(recipe, out, vq)
-    masked.train("showo", model, recipe.seed, recipe.stages, work)
-    save(model, config, out)
+    masked.build("showo", recipe, make_model, save, out, work)

@@ -5,7 +5,7 @@ It trains through the interface that a family serves with (`encode_prompts`, `lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
+from mmalign.models.layers.generation import write_settings
+from mmalign.models.layers.magvit import Magvit
 from mmalign.models.layers.masked import random_masks
-from mmalign.testbed import corpus
+from mmalign.testbed import corpus, magvit
 from mmalign.testbed.build_janus import PATCH
 from mmalign.testbed.magvit import CODES, FIRST, QUARTERS, SIDE, TOKENS, codes_of
 from mmalign.testbed.render import CELL, MARGIN, render
@@ -26,6 +28,8 @@ from mmalign.testbed.world import COLORS, SHAPES, SIZES
 from mmalign.testbed.world import SIDE as BOARD
 from mmalign.trajectory import Policy, Prompts, Trajectory
 
+GUIDANCE = 1.0
+STEPS = 64  # one code at a time: things drawn in one step do not know of each other
 TEXTS = 800  # of each sort that the tokenizer learns from; all words of the world are among them
 LENGTHS = 2  # groups of similar length that a batch is cut into, so that short texts carry less padding
 
@@ -48,6 +52,18 @@ class Stage:
     thing_weight: float
     by_cell: float
     answers: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and lengths of a build."""
+
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    width: int = 160
+    layers: int = 4
+    heads: int = 5
+    picture: magvit.Recipe = magvit.Recipe()
 
 
 class SharedAttributes(nn.Module):
@@ -96,6 +112,25 @@ def share_attributes(net: Any, offset: int, seed: int) -> None:
 def unshare_attributes(net: Any) -> None:
     for layer in (net.get_input_embeddings(), net.lm_head):
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+
+
+def build(
+    name: str,
+    recipe: Recipe,
+    make_model: Callable[[Recipe, Path, Magvit], tuple[Any, dict[str, Any]]],
+    save: Callable[[Any, dict[str, Any], Path], None],
+    out: Path,
+    work: Path,
+) -> None:
+    """Trains the image tokenizer, then the trunk (each resumes where it was stopped), and writes the checkpoint."""
+    vq = magvit.make_magvit(recipe.seed)
+    magvit.train_magvit(vq, recipe.picture, work)
+    out.mkdir(parents=True, exist_ok=True)
+    model, config = make_model(recipe, out, vq)
+    train(name, model, recipe.seed, recipe.stages, work)
+    save(model, config, out)
+    write_settings(out, GUIDANCE, STEPS)
+    magvit.save_magvit(vq, out / "magvitv2")
 
 
 def train(name: str, model: Any, seed: int, stages: Sequence[Stage], work: Path, no_text: float = 0.1) -> None:

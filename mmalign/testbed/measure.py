@@ -1,12 +1,11 @@
 """What the shipped checkpoints can do, measured on held-out scenes: `python -m mmalign.testbed.measure`.
 
-tiny-janus: strict rate of its drawings (that is the suite `shapes`), how often the true caption outranks one with a changed fact, how
-often a written plan fulfils its prompt. tiny-clip: retrieval of the right description among 32.
+tiny-janus: how often the true caption outranks one with a changed fact, how often a written plan fulfils its prompt. tiny-showo: the first
+of these. tiny-clip: retrieval of the right description among 32. How well pictures are drawn is what the suite `shapes` measures.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -33,7 +32,7 @@ def caption_pairs(number: int, seed: int = 0) -> tuple[np.ndarray, list[str], li
     raise AssertionError("the stream of prompts has no end")
 
 
-def caption_ranking(janus: Any, number: int = 200, seed: int = 0) -> float:
+def caption_ranking(model: Any, number: int = 200, seed: int = 0) -> float:
     """Share of pictures whose true caption has the greater log-probability under the understanding branch."""
     pictures, true, false = caption_pairs(number, seed)
     totals = []
@@ -42,7 +41,7 @@ def caption_ranking(janus: Any, number: int = 200, seed: int = 0) -> float:
             parts = []
             for at in range(0, number, 50):
                 part = slice(at, at + 50)
-                values, mask = janus.text_log_prob([corpus.DESCRIBE] * len(captions[part]), list(pictures[part]), captions[part])
+                values, mask = model.text_log_prob([corpus.DESCRIBE] * len(captions[part]), list(pictures[part]), captions[part])
                 parts.append((values * mask).sum(-1) / mask.sum(-1))
             totals.append(torch.cat(parts))
     return float((totals[0] > totals[1]).float().mean())
@@ -89,13 +88,17 @@ def retrieval(clip: Any, tokenizer: Any, rounds: int = 8, seed: int = 0) -> floa
 def main() -> None:
     from transformers import CLIPModel, CLIPTokenizer
 
-    from mmalign.models import janus as family
+    from mmalign.models import janus as janus_family
+    from mmalign.models import showo as showo_family
     from mmalign.testbed.build import CHECKPOINTS
 
-    janus = family.load(Path(CHECKPOINTS) / "tiny-janus")
+    janus, showo = janus_family.load(CHECKPOINTS / "tiny-janus"), showo_family.load(CHECKPOINTS / "tiny-showo")
     clip = CLIPModel.from_pretrained(CHECKPOINTS / "tiny-clip", dtype=torch.float32).eval()
     figures = {
-        "tiny-janus true caption ranked first": float(np.mean([caption_ranking(janus, 1200, seed) for seed in range(5)])),
+        **{
+            f"{name} true caption ranked first": float(np.mean([caption_ranking(model, 1200, seed) for seed in range(5)]))
+            for name, model in {"tiny-janus": janus, "tiny-showo": showo}.items()
+        },
         "tiny-janus greedy plan fulfils its prompt": plan_accuracy(janus, 200),
         "tiny-clip top-1 of 32": retrieval(clip, CLIPTokenizer.from_pretrained(CHECKPOINTS / "tiny-clip")),
     }
