@@ -163,3 +163,32 @@ def test_what_is_missing_is_named(folder, tmp_path):
 def test_an_overlay_without_sana_takes_that_of_the_repository(folder, model, tmp_path):
     other = make_openuni(tmp_path / "other", seed=3, overlay_has_transformer=False)
     assert not torch.equal(family.load(other).net.transformer.proj_out.weight, model.net.transformer.proj_out.weight)
+
+
+def test_half_precision_stays_near(folder):
+    """Velocities in bfloat16 against float32: a bound for small random members."""
+    low, high = family.load(folder, dtype="bfloat16"), family.load(folder)
+    x, time = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
+    with torch.no_grad():
+        one, other = (made._predict(x, time, made.encode_prompts(TEXTS[:1]), 1.0, "cond") for made in (low, high))
+    assert one.dtype == torch.float32 and (one - other).abs().max() < 0.3 * other.abs().max()
+
+
+def test_lora_that_is_off_is_the_base_and_gradients_reach_adapters_alone(folder, tmp_path):
+    from mmalign.loop import Loop, LoopConfig
+
+    made = family.load(folder)
+    prompts = made.encode_prompts(TEXTS[:2])
+    trajectory = made.sample(prompts, policy(), [1, 2])
+    base = made.log_prob(prompts, trajectory).detach()
+    config = LoopConfig(steps=1, lora_rank=4, learning_rate=1e-2, parts=tuple(made.trainable), image_every=0)
+    loop = Loop(config, made, tmp_path / "run")
+    assert torch.allclose(made.log_prob(prompts, trajectory), base, atol=1e-6)
+    for _ in loop.steps():
+        loop.backward(-made.log_prob(prompts, trajectory)[:, :-1].mean(), {}, [])
+        found = {name for name, weight in made.net.named_parameters() if weight.grad is not None}
+        assert found and all("lora_" in name for name in found)
+        loop.update()
+    assert not torch.allclose(made.log_prob(prompts, trajectory), base, atol=1e-4)
+    with loop.reference():
+        assert torch.allclose(made.log_prob(prompts, trajectory), base, atol=1e-6)
