@@ -21,7 +21,7 @@ SEED = 8_000_000  # streams that no shipped checkpoint was built from
 
 def write_pairs(folder: Path, number: int, wrong: float = 0.2, seed: int = 0) -> Path:
     """Writes that many pictures with prompts of the train split, a share `wrong` of them spoiled in one thing; returns pairs.jsonl."""
-    drawings = corpus.drawings(SEED + seed, number, wrong, planned=0.0)
+    drawings = corpus.drawings(SEED + seed, number, wrong, planned=0.0, arranged=True)
     rows = [{"text": drawing.text} for drawing in drawings]
     return _write(folder / "pairs.jsonl", [drawing.scene for drawing in drawings], rows)
 
