@@ -19,6 +19,7 @@ from mmalign.models._serving import DTYPES, Serving
 from mmalign.models.layers.copies import place
 from mmalign.models.layers.extras import copy_files
 from mmalign.models.layers.kl import KlAutoencoder, kl_autoencoder
+from mmalign.models.layers.qwen2 import qwen2_config
 from mmalign.models.layers.weights import check_names, check_shapes, read_file
 from mmalign.trajectory import Prompts
 from mmalign.types import MmalignError, Request, UsageError, digest
@@ -26,16 +27,6 @@ from mmalign.types import MmalignError, Request, UsageError, digest
 REVISION = 1  # of the sampler: raise it when equal weights, seed and settings give other samples
 WEIGHTS, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 KEPT = ("*.json", "vocab.txt", "merges.txt", "chat_template.*")
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
 
 
 class BagelModel(Serving, Bagel):
@@ -103,15 +94,13 @@ def open_model(path: Path, sampling: Any, device: str, dtype: str) -> BagelModel
 
 def read_network(path: Path, language: Mapping[str, Any], vision: Mapping[str, Any], dtype: str) -> BagelNet:
     """The network with the folder's weights: every parameter present, none left over but the layer that the vision tower does not run."""
-    from transformers import Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
     leave = unused(vision)
     tensors = {name: value for name, value in read_file(_file(path, WEIGHTS)).items() if not leave.match(name)}
     try:
-        sizes = {name: language[name] for name in SIZES}
         rope = {"rope_type": "default", "rope_theta": language["rope_theta"]}
-        settings = Qwen2Config(**sizes, hidden_act=language.get("hidden_act", "silu"), rope_parameters=rope, tie_word_embeddings=False)
+        settings = qwen2_config(language, rope)
         with torch.device("meta"):
             net = BagelNet(settings, vision, tensors)
     except KeyError as error:

@@ -20,6 +20,7 @@ from mmalign.models._xomni_net import XOmniNet
 from mmalign.models._xomni_text import Fitting, XOmniText
 from mmalign.models.layers.copies import place
 from mmalign.models.layers.extras import copy_files, extra_folders
+from mmalign.models.layers.qwen2 import qwen2_config
 from mmalign.models.layers.siglip_vq import SiglipTokenizer, read_siglip_tokenizer
 from mmalign.models.layers.weights import check_names, check_shapes, read_tensors
 from mmalign.trajectory import Prompts, Trajectory
@@ -30,16 +31,6 @@ NEEDED = {"flux": "the folder of black-forest-labs/FLUX.1-dev, with whose text e
 VISION_HEADS = {"siglip2_giant_patch16_384": 16, "siglip_so400m_patch16_384": 16}  # modeling_vit.py of the checkpoint
 TEXT_FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json")
 MORE_FILES = ("special_tokens_map.json", "chat_template.*", "*.py")
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
 
 
 class XOmniModel(CausalServing, XOmni):
@@ -112,13 +103,11 @@ def open_model(path: Path, sampling: Any, device: str, dtype: str, extra: Mappin
 
 def read_network(path: Path, content: Mapping[str, Any], dtype: str) -> Any:
     """The language model with the folder's weights: every parameter present, none left over. KeyError names what the config lacks."""
-    from transformers import Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
     scaling = dict(content.get("rope_scaling") or {})
     rope = {"rope_type": scaling.pop("type", scaling.pop("rope_type", "default")), "rope_theta": content["rope_theta"], **scaling}
-    sizes = {name: content[name] for name in SIZES}
-    settings = Qwen2Config(**sizes, hidden_act=content.get("hidden_act", "silu"), rope_parameters=rope, tie_word_embeddings=False)
+    settings = qwen2_config(content, rope)
     settings._attn_implementation = "sdpa"
     with torch.device("meta"):
         net = XOmniNet(settings, content["num_mm_adap_layers"], content["num_mm_head_layers"], content["mm_vocab_size"])
