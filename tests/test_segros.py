@@ -29,7 +29,7 @@ TOKENS = 16  # of the tiny model's pictures
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return make_showo(tmp_path_factory.mktemp("models") / "tiny-showo", seed=1)
+    return make_showo(tmp_path_factory.mktemp("models") / "a-showo", seed=1)
 
 
 @pytest.fixture(scope="module")
